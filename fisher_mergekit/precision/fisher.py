@@ -1,0 +1,85 @@
+r"""Kind `fisher`: Cᵢ is the diagonal of model i's Fisher information.
+
+    θ*ⱼ = Σᵢ λᵢ Fᵢⱼ θᵢⱼ / Σᵢ λᵢ Fᵢⱼ            (Matena & Raffel 2021, arXiv 2111.09832, eq. 4)
+
+Two models' Fishers can differ in scale by orders of magnitude, and the larger would then simply
+win. So each is first divided by its scale sᵢ, the root mean square of Fᵢ over all merged
+parameters. (The paper's release divides by the norm, √P times as large for all models alike: the
+same merge.) Below a floor, relative to that scale, nobody is said to know anything:
+
+    wᵢⱼ = λᵢ (Fᵢⱼ / sᵢ + floor)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisher_mergekit.precision.diagonal import Weight, weighted_mean
+
+FLOOR = 1e-6
+"""Default floor, relative to the root mean square of a Fisher over the merged parameters."""
+
+
+def root_mean_square(sum_of_squares: float, count: int) -> float:
+    """Return the scale of a Fisher whose `count` values have this sum of squares."""
+    return math.sqrt(sum_of_squares / count)
+
+
+def common_scale(scales: Sequence[float]) -> float:
+    """Return the one scale that stands for all models when Fishers are not normalised.
+
+    One divisor for all models changes no ratio between them; it only gives the floor its unit.
+    """
+    return math.sqrt(math.fsum(scale * scale for scale in scales) / len(scales))
+
+
+def solve(
+    thetas: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    lambdas: Sequence[float],
+    scales: Sequence[float],
+    *,
+    normalize: bool = True,
+    floor: float = FLOOR,
+    favor: int | None = None,
+) -> Tensor:
+    """Return the Fisher-weighted mean of one tensor.
+
+    Args:
+        thetas: n tensors of one shape, any floating dtype.
+        fishers: n non-negative tensors of that shape, on the same device.
+        lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
+        scales: each model's root mean square over all merged parameters, positive.
+        normalize: divide each Fisher by its own scale; otherwise all by one common scale.
+        floor: relative to the scale. Where every Fisher is 0 the result is the lambda-weighted
+            mean, for any floor, 0 included.
+        favor: index of the model that gets all of the floor, so that where nobody knows anything
+            its value stays; `None` shares the floor by lambda.
+
+    Returns:
+        A new tensor, float32 (float64 if any theta is).
+    """
+    total = math.fsum(lambdas)
+    present = [i for i, value in enumerate(lambdas) if value > 0 or (i == favor and floor > 0)]
+    if not normalize:
+        shared = common_scale([scales[i] for i in present])
+        scales = [shared] * len(scales)
+
+    def weight(i: int) -> Weight:
+        if favor is None:
+            floor_i = floor * lambdas[i]
+        else:
+            floor_i = floor * total if i == favor else 0.0
+        return fishers[i].float().mul(lambdas[i] / scales[i]).add_(floor_i)
+
+    merged = weighted_mean([thetas[i] for i in present], [weight(i) for i in present])
+    if floor == 0:
+        # Only without a floor can all weights be zero: 0/0 is the one NaN that inputs free of NaN
+        # can give, and there the identity stands in for the Fisher.
+        isotropic = weighted_mean([thetas[i] for i in present], [lambdas[i] for i in present])
+        merged = torch.where(merged.isnan(), isotropic, merged)
+    return merged

@@ -1,0 +1,233 @@
+"""A mergekit recipe plus our keys, validated.
+
+One file serves two commands. `mergekit-yaml` reads mergekit's part and ignores the rest; this
+module reads all of it, and refuses what mergekit would drop in silence: unknown and misspelt keys.
+
+    calibration (top level or per model)   what to measure on         -> `Calibration`
+    parameters of a model                  lambda | weight, sidecar
+    parameters (top level)                 the method's own, exclude
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fisher_mergekit.errors import RecipeError, nearest
+from fisher_mergekit.methods import METHODS
+
+MODEL_KEYS = ("lambda", "weight", "sidecar")
+"""Known keys under a model's `parameters`."""
+
+
+class Calibration(BaseModel):
+    """What a model is measured on, and how: the recipe's `calibration` block.
+
+    `path`, `name`, `split`, `data_files` and `streaming` mean what they mean in
+    `datasets.load_dataset`; a path that is a local .jsonl, .csv or .parquet file just works.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    streaming: bool = False
+    text: str | tuple[str, str] | None = None
+    messages: str | None = None
+    label: str | None = None
+    estimator: Literal["exact", "sampled", "empirical"] | None = None
+    unit: Literal["sequence"] = "sequence"
+    examples: int | None = Field(default=None, gt=0)
+    max_length: int = Field(default=512, gt=0)
+    mask_prompt: bool = False
+    shuffle: bool = False
+    seed: int = 0
+    batch_size: int = Field(default=16, gt=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    sidecar_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+CALIBRATION_KEYS = tuple(Calibration.model_fields)
+
+
+@dataclass(frozen=True)
+class RecipeModel:
+    """One model of a recipe: its reference, its calibration, and its sidecar if the recipe says."""
+
+    reference: ModelReference
+    calibration: Calibration
+    sidecar: Path | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that is ready to be measured."""
+
+    path: Path
+    method: str
+    kind: str
+    models: tuple[RecipeModel, ...]
+
+
+def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibration:
+    """Combine calibration blocks, later ones over earlier ones.
+
+    Raises:
+        RecipeError: an unknown key, or a value of the wrong type; `where` stands in the message.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if layer is None:
+            continue
+        if not isinstance(layer, Mapping):
+            raise RecipeError(f"{where}: expected a mapping of keys, got {layer!r}.")
+        for key in layer:
+            if key not in Calibration.model_fields:
+                raise RecipeError(
+                    f"{where}: unknown key {key!r}.{nearest(str(key), CALIBRATION_KEYS)} "
+                    f"Known keys: {', '.join(CALIBRATION_KEYS)}."
+                )
+        merged |= layer
+    try:
+        return Calibration.model_validate(merged)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"{where}: " + "; ".join(dict.fromkeys(lines)) + ".") from None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe for the measuring step.
+
+    Raises:
+        RecipeError: unreadable, not a mergekit recipe, a method that measures nothing, slices, or
+            an unknown key.
+    """
+    content = _read_yaml(path)
+    config = parse_config(content, where=str(path))
+    if config.merge_method not in METHODS:
+        raise RecipeError(
+            f"{path}: merge_method {config.merge_method!r} needs nothing measured. "
+            f"Methods that do: {', '.join(METHODS)}."
+        )
+    problems = parameter_problems(config)
+    if problems:
+        raise RecipeError(f"{path}: " + "\n".join(problems))
+    if config.models is None:
+        raise RecipeError(
+            f"{path}: precompute reads recipes with a `models:` list. Measure the models of a "
+            "sliced recipe one by one: mergekit-fisher precompute --model MODEL --path DATA"
+        )
+    models = []
+    for index, entry in enumerate(content["models"]):
+        reference = config.models[index].model
+        calibration = read_calibration(
+            content.get("calibration"),
+            entry.get("calibration"),
+            where=f"{path}: calibration of {reference}",
+        )
+        sidecar = (entry.get("parameters") or {}).get("sidecar")
+        models.append(RecipeModel(reference, calibration, Path(sidecar) if sidecar else None))
+    return Recipe(path, config.merge_method, METHODS[config.merge_method].kind, tuple(models))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path} is not a recipe: expected a mapping with merge_method and models."
+        )
+    return content
+
+
+def parse_config(content: Mapping[str, Any], *, where: str) -> MergeConfiguration:
+    """Parse mergekit's part of a recipe.
+
+    Raises:
+        RecipeError: what mergekit says is wrong with it.
+    """
+    try:
+        return MergeConfiguration.model_validate(content)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"{where} is not a mergekit recipe:\n  " + "\n  ".join(lines)) from None
+    except RuntimeError as error:
+        raise RecipeError(f"{where} is not a mergekit recipe: {error}.") from None
+
+
+def exclude_patterns(config: MergeConfiguration) -> tuple[str, ...]:
+    """Return the recipe's `exclude`: name parts, given as a list or as one string.
+
+    Read from the raw settings, because to mergekit a list of strings is a layer gradient.
+
+    Raises:
+        RecipeError: anything but non-empty strings.
+    """
+    raw: Any = (config.parameters or {}).get("exclude")
+    if raw is None:
+        return ()
+    patterns = [raw] if isinstance(raw, str) else raw
+    if not isinstance(patterns, list) or not all(isinstance(p, str) and p for p in patterns):
+        raise RecipeError(
+            f"parameters.exclude: expected a list of name parts such as [classifier], got {raw!r}."
+        )
+    return tuple(patterns)
+
+
+def parameter_problems(config: MergeConfiguration) -> list[str]:
+    """Return what is wrong with the keys under every `parameters` of a recipe of ours."""
+    shared_keys = (*METHODS[config.merge_method].keys, "exclude", "lambda", "weight")
+    problems: list[str] = []
+    used: set[str] = set()
+    for where, keys, is_model in _parameter_blocks(config):
+        used |= {"lambda", "weight"} & set(keys)
+        known = MODEL_KEYS if is_model else shared_keys
+        for key in keys:
+            if key in known:
+                continue
+            if key in MODEL_KEYS:
+                problems.append(f"{where}: {key!r} belongs under a model's own parameters.")
+            elif key in shared_keys:
+                problems.append(f"{where}: {key!r} belongs under the recipe's own parameters.")
+            else:
+                problems.append(
+                    f"{where}: unknown parameter {key!r}.{nearest(key, known)} "
+                    f"Known here: {', '.join(known)}."
+                )
+    if used == {"lambda", "weight"}:
+        problems.append(
+            "both `lambda` and `weight` are used; they are two names for one thing. Keep `lambda`."
+        )
+    return problems
+
+
+def _parameter_blocks(
+    config: MergeConfiguration,
+) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Yield (where, settings, is it a model's) of every `parameters` in the recipe."""
+    yield "parameters", config.parameters or {}, False
+    for model in config.models or ():
+        yield f"parameters of {model.model}", model.parameters or {}, True
+    modules = config.modules or {}
+    for name, module in modules.items():
+        yield f"parameters of module {name}", module.parameters or {}, False
+        for model in module.models or ():
+            yield f"parameters of {model.model} in {name}", model.parameters or {}, True
+    slices = [*(config.slices or ()), *(s for m in modules.values() for s in m.slices or ())]
+    for index, piece in enumerate(slices):
+        yield f"parameters of slice {index}", piece.parameters or {}, False
+        for source in piece.sources:
+            yield f"parameters of {source.model} in slice {index}", source.parameters or {}, True

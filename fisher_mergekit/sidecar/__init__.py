@@ -1,0 +1,10 @@
+"""Floor 2, the paper: what was measured of a model, on disk.
+
+    sidecar/
+      header.json               provenance (`header.py`)
+      fisher.safetensors        one file a kind, or shards and an index
+      README.md                 a page to publish (`page.py`)
+
+`checkpoint.py` reads the model's own files, `reader.py` and `writer.py` the sidecar's, `location.py`
+says where a model's sidecar is. Nothing here knows how to measure or how to merge.
+"""

@@ -1,0 +1,116 @@
+"""The sidecar's header: where every number in it comes from.
+
+`header.json` is the commit point of a sidecar. It is written last and withdrawn first, so a folder
+whose header speaks of a kind holds all of that kind. A copy of the header without the wall time
+stands in the metadata of an unsharded `.safetensors` file, which therefore can travel alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fisher_mergekit.errors import SidecarError
+
+FORMAT = "fisher_mergekit.sidecar"
+FORMAT_VERSION = 1
+HEADER_NAME = "header.json"
+METADATA_KEY = "fisher_mergekit.header"
+
+
+class _Record(BaseModel):
+    # Unknown keys are kept: a newer minor version may add some, and a rewrite must not lose them.
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class ModelIdentity(_Record):
+    """Which model was measured: the reference as typed, its revision and its architecture."""
+
+    reference: str
+    revision: str | None = None
+    architecture: str
+
+
+class WeightRecord(_Record):
+    """One tensor of the measured checkpoint: its dtype and shape there, and its digest."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+class PrecisionRecord(_Record):
+    """One measured tensor: xxh3-128 of its bytes, and the sum of its squared values."""
+
+    checksum: str
+    sum_of_squares: float
+
+
+class Settings(_Record):
+    """How a kind was measured. Two sidecars are comparable if these agree where it matters."""
+
+    estimator: str
+    unit: str
+    likelihood: str
+    examples: int
+    examples_requested: int | None = None
+    tokens: int
+    max_length: int
+    mask_prompt: bool = False
+    seed: int
+    compute_dtype: str = "float32"
+    dtype: str = "float32"
+
+
+class Measurement(_Record):
+    """Everything about one kind in a sidecar."""
+
+    settings: Settings
+    calibration: dict[str, Any]
+    weights: dict[str, WeightRecord]
+    tensors: dict[str, PrecisionRecord]
+    unmeasured: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    wall_seconds: float | None = None
+
+
+class Header(_Record):
+    """The whole of `header.json`."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    model: ModelIdentity
+    kinds: dict[str, Measurement]
+
+    def to_json(self, *, wall_time: bool = True, indent: int | None = 2) -> str:
+        """Serialise with sorted keys, so that the same content gives the same bytes."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        if not wall_time:
+            for measurement in content["kinds"].values():
+                measurement.pop("wall_seconds", None)
+        return json.dumps(content, indent=indent, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: Path) -> Header:
+        """Parse and check a header.
+
+        Raises:
+            SidecarError: not JSON, not a header of ours, or of a newer format version.
+        """
+        try:
+            content = json.loads(text)
+            found = content.get("format") if isinstance(content, dict) else None
+            if found != FORMAT:
+                raise SidecarError(f"{where} is not a sidecar header (its format is {found!r}).")
+            if content.get("format_version") != FORMAT_VERSION:
+                raise SidecarError(
+                    f"{where} has sidecar format version {content.get('format_version')}; this "
+                    f"fisher_mergekit reads version {FORMAT_VERSION}. Install the version that "
+                    "wrote it, or measure the model again."
+                )
+            return cls.model_validate(content)
+        except (ValueError, ValidationError) as error:
+            raise SidecarError(f"{where} is not a readable sidecar header ({error}).") from error

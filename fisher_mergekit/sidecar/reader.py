@@ -1,0 +1,138 @@
+"""Reading a sidecar: opened and checked without loading a tensor, then loaded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from fisher_mergekit.errors import CheckpointError, SidecarError
+from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo
+from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Return xxh3-128 of a CPU tensor's bytes, the checksum in the header."""
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_128_hexdigest(raw.numpy().data)
+
+
+def read_header(path: Path) -> Header | None:
+    """Return the header of a sidecar folder or file, or None where there is no sidecar.
+
+    Raises:
+        SidecarError: there is something, but not a readable header.
+    """
+    if path.suffix == ".safetensors":
+        if not path.exists():
+            return None
+        Checkpoint(path.parent, path.stem)  # says what is wrong with a damaged file
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+        if text is None:
+            raise SidecarError(
+                f"{path} has no header in its metadata, so nobody can tell what was measured. "
+                "Give the whole sidecar folder, or measure the model again."
+            )
+        return Header.from_json(text, path)
+    file_path = path / HEADER_NAME
+    if not file_path.exists():
+        return None
+    return Header.from_json(file_path.read_bytes(), file_path)
+
+
+class Sidecar(Mapping[str, TensorInfo]):
+    """One kind of one sidecar, structurally checked: names, shapes, sizes and header agree.
+
+    Args:
+        path: a sidecar folder, or one `.safetensors` file.
+        kind: `fisher`, …
+
+    Raises:
+        SidecarError: missing, partial, corrupt, or without this kind. The message says which;
+            the caller adds the command that mends it.
+    """
+
+    def __init__(self, path: Path, kind: str):
+        self.path = path
+        self.kind = kind
+        try:
+            header = read_header(path)
+            if header is None:
+                raise SidecarError(f"there is no sidecar at {path}.")
+            if kind not in header.kinds:
+                raise SidecarError(
+                    f"the sidecar {path} has no complete {kind!r}; it has "
+                    f"{', '.join(sorted(header.kinds)) or 'nothing'}."
+                )
+            if path.suffix == ".safetensors":
+                self._tensors = Checkpoint(path.parent, path.stem)
+            else:
+                self._tensors = Checkpoint(path, kind)
+        except CheckpointError as error:
+            raise SidecarError(f"the sidecar is damaged: {error.message}") from error
+        self.header = header
+        self.measurement: Measurement = header.kinds[kind]
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        recorded, stored = set(self.measurement.tensors), set(self._tensors)
+        if recorded != stored:
+            odd = min(recorded ^ stored)
+            where = "only in its header" if odd in recorded else "only in its files"
+            raise SidecarError(
+                f"the sidecar {self.path} is partial: {len(recorded ^ stored)} tensors, for "
+                f"example {odd}, are {where}."
+            )
+        for name, info in self._tensors.items():
+            weight = self.measurement.weights.get(name)
+            if weight is None or info.shape != weight.shape:
+                raise SidecarError(
+                    f"the sidecar {self.path} is corrupt: {name} has shape {list(info.shape)}, its "
+                    f"weight {list(weight.shape) if weight else 'is not in the header'}."
+                )
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def foreign(self, weights: Mapping[str, TensorInfo], names: Iterable[str]) -> list[str]:
+        """Return the names whose weights are not the ones that were measured."""
+        recorded = self.measurement.weights
+        return [
+            name
+            for name in names
+            if name in recorded and recorded[name].digest != weights[name].digest()
+        ]
+
+    def sum_of_squares(self, name: str) -> float:
+        """Return the sum of squares of one measured tensor, from the header."""
+        return self.measurement.tensors[name].sum_of_squares
+
+    def load(self, name: str) -> torch.Tensor:
+        """Load one measured tensor to the CPU and check it against its checksum.
+
+        Raises:
+            SidecarError: the bytes are not those that were written.
+        """
+        try:
+            tensor = self._tensors.load(name)
+        except (OSError, SafetensorError) as error:
+            raise SidecarError(
+                f"cannot read {name} from the sidecar {self.path}: {error}"
+            ) from error
+        if checksum(tensor) != self.measurement.tensors[name].checksum:
+            raise SidecarError(
+                f"the sidecar {self.path} is corrupt: the bytes of {name} are not those that were "
+                "written (checksum differs). Measure the model again: "
+                "mergekit-fisher precompute RECIPE --force"
+            )
+        return tensor

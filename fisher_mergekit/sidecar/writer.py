@@ -1,0 +1,168 @@
+"""Writing a sidecar so that nothing half-written is ever read as whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.sidecar.header import (
+    HEADER_NAME,
+    METADATA_KEY,
+    Header,
+    Measurement,
+    ModelIdentity,
+    PrecisionRecord,
+)
+from fisher_mergekit.sidecar.page import render_page
+from fisher_mergekit.sidecar.reader import checksum, read_header
+
+SHARD_SIZE = 5_000_000_000
+PARTIAL = ".partial"
+
+
+def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, PrecisionRecord]:
+    """Return the header's record of each measured tensor (CPU, float32 or bfloat16)."""
+    return {
+        name: PrecisionRecord(
+            checksum=checksum(tensor),
+            sum_of_squares=float(tensor.double().square().sum()),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def write_sidecar(
+    folder: Path,
+    kind: str,
+    model: ModelIdentity,
+    measurement: Measurement,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    shard_size: int = SHARD_SIZE,
+) -> Header:
+    """Write one kind into a sidecar folder; other kinds of the same weights stay.
+
+    All new files are written under temporary names. Only then the old ones are replaced: the kind
+    is withdrawn from the header, the files change names, and the new header is written last.
+
+    Args:
+        folder: the sidecar folder; made if missing.
+        tensors: measured tensors on the CPU, by their names in the checkpoint.
+        shard_size: largest file in bytes.
+
+    Raises:
+        SidecarError: the disk is full, or the folder cannot be written. Nothing partial stays.
+    """
+    try:
+        kept = _other_kinds(folder, kind, model, measurement)
+        header = Header(model=model, kinds={**kept, kind: measurement})
+        folder.mkdir(parents=True, exist_ok=True)
+        with _partial_files(folder) as partials:
+            new = _write_shards(folder, kind, header, tensors, shard_size)
+            new.update(
+                {
+                    "README.md": render_page(header),
+                    HEADER_NAME: header.to_json() + "\n",
+                }
+            )
+            for name, content in new.items():
+                if content is not None:
+                    _write_text(partials(name), content)
+            _withdraw(folder, model, kept)
+            for stale in folder.glob(f"{kind}*.safetensors*"):
+                if not stale.name.endswith(PARTIAL):
+                    stale.unlink()
+            for name in sorted(new, key=lambda name: name == HEADER_NAME):
+                os.replace(partials(name), folder / name)
+        return header
+    except (OSError, SafetensorError) as error:
+        raise SidecarError(
+            f"cannot write the sidecar {folder}: {error}. Nothing partial was left; make room or "
+            "choose another folder (--out, or `sidecar:` in the recipe) and run it again."
+        ) from error
+
+
+def _other_kinds(
+    folder: Path, kind: str, model: ModelIdentity, measurement: Measurement
+) -> dict[str, Measurement]:
+    """Return what else the folder holds of the very same weights."""
+    try:
+        header = read_header(folder)
+    except SidecarError:
+        header = None
+    if header is None:
+        return {}
+    return {
+        name: other
+        for name, other in header.kinds.items()
+        if name != kind and other.weights == measurement.weights
+    }
+
+
+@contextmanager
+def _partial_files(folder: Path) -> Iterator:
+    """Give temporary names inside `folder`, and remove what still bears one at the end."""
+    try:
+        yield lambda name: folder / (name + PARTIAL)
+    finally:
+        for leftover in folder.glob("*" + PARTIAL):
+            leftover.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _write_shards(
+    folder: Path,
+    kind: str,
+    header: Header,
+    tensors: Mapping[str, torch.Tensor],
+    shard_size: int,
+) -> dict[str, str | None]:
+    """Write the tensors; return the new files, with the text of those that are still to write."""
+    split = split_torch_state_dict_into_shards(
+        dict(tensors),
+        filename_pattern=f"{kind}{{suffix}}.safetensors",
+        max_shard_size=max(shard_size, 1),
+    )
+    new: dict[str, str | None] = {}
+    # One metadata key only: the library does not keep the order of several, and the same content
+    # must give the same bytes.
+    own = Header(model=header.model, kinds={kind: header.kinds[kind]})
+    metadata = {METADATA_KEY: own.to_json(wall_time=False, indent=None)}
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, folder / (file + PARTIAL), None if split.is_sharded else metadata)
+        new[file] = None
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        new[f"{kind}.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return new
+
+
+def _withdraw(folder: Path, model: ModelIdentity, kept: dict[str, Measurement]) -> None:
+    """Take the kind out of the present header, so that a crash from here on reads as partial."""
+    path = folder / HEADER_NAME
+    if not path.exists():
+        return
+    if kept:
+        partial = folder / (HEADER_NAME + ".withdrawn" + PARTIAL)
+        _write_text(partial, Header(model=model, kinds=kept).to_json() + "\n")
+        os.replace(partial, path)
+    else:
+        path.unlink()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
