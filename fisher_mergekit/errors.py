@@ -40,6 +40,10 @@ class SidecarError(FisherMergekitError):
     """A sidecar that is missing, partial, corrupt, or was measured on other weights."""
 
 
+class SidecarMissing(SidecarError):
+    """There is no sidecar, or not of this kind: nothing is damaged, it only has to be measured."""
+
+
 class UnsupportedMergekit(FisherMergekitError):
     """The installed mergekit is not one that this package knows how to extend."""
 

@@ -26,6 +26,9 @@ from fisher_mergekit.methods import METHODS
 MODEL_KEYS = ("lambda", "weight", "sidecar")
 """Known keys under a model's `parameters`."""
 
+WHOLE = "parameters"
+"""How messages call the recipe's own `parameters`, which hold for all models and slices."""
+
 
 class Calibration(BaseModel):
     """What a model is measured on, and how: the recipe's `calibration` block.
@@ -189,18 +192,21 @@ def exclude_patterns(config: MergeConfiguration) -> tuple[str, ...]:
 
 def parameter_problems(config: MergeConfiguration) -> list[str]:
     """Return what is wrong with the keys under every `parameters` of a recipe of ours."""
-    shared_keys = (*METHODS[config.merge_method].keys, "exclude", "lambda", "weight")
+    shared_keys = (*METHODS[config.merge_method].keys, "lambda", "weight")
+    # Tensors are excluded from the whole merge; there is no such thing as excluding from a slice.
+    whole_keys = (*shared_keys, "exclude")
     problems: list[str] = []
     used: set[str] = set()
     for where, keys, is_model in _parameter_blocks(config):
         used |= {"lambda", "weight"} & set(keys)
-        known = MODEL_KEYS if is_model else shared_keys
+        is_whole = where == WHOLE
+        known = MODEL_KEYS if is_model else whole_keys if is_whole else shared_keys
         for key in keys:
             if key in known:
                 continue
             if key in MODEL_KEYS:
                 problems.append(f"{where}: {key!r} belongs under a model's own parameters.")
-            elif key in shared_keys:
+            elif key in whole_keys:
                 problems.append(f"{where}: {key!r} belongs under the recipe's own parameters.")
             else:
                 problems.append(
@@ -218,7 +224,7 @@ def _parameter_blocks(
     config: MergeConfiguration,
 ) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
     """Yield (where, settings, is it a model's) of every `parameters` in the recipe."""
-    yield "parameters", config.parameters or {}, False
+    yield WHOLE, config.parameters or {}, False
     for model in config.models or ():
         yield f"parameters of {model.model}", model.parameters or {}, True
     modules = config.modules or {}

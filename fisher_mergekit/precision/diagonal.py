@@ -20,6 +20,15 @@ def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def relative(lambdas: Sequence[float]) -> list[float]:
+    """Return the lambdas divided by the largest: the merge is the same, the numbers are tame.
+
+    Only their ratios count, but 1e300 would overflow and 1e-300 vanish in float32.
+    """
+    largest = max(lambdas)
+    return [value / largest for value in lambdas]
+
+
 def weighted_mean(thetas: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
     """Return Σ wᵢ θᵢ / Σ wᵢ, elementwise.
 

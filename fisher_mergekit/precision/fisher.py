@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import Weight, weighted_mean
+from fisher_mergekit.precision.diagonal import Weight, relative, weighted_mean
 
 FLOOR = 1e-6
 """Default floor, relative to the root mean square of a Fisher over the merged parameters."""
@@ -63,6 +63,7 @@ def solve(
     Returns:
         A new tensor, float32 (float64 if any theta is).
     """
+    lambdas = relative(lambdas)
     total = math.fsum(lambdas)
     present = [i for i, value in enumerate(lambdas) if value > 0 or (i == favor and floor > 0)]
     if not normalize:
@@ -70,11 +71,8 @@ def solve(
         scales = [shared] * len(scales)
 
     def weight(i: int) -> Weight:
-        if favor is None:
-            floor_i = floor * lambdas[i]
-        else:
-            floor_i = floor * total if i == favor else 0.0
-        return fishers[i].float().mul(lambdas[i] / scales[i]).add_(floor_i)
+        share = lambdas[i] if favor is None else total * (i == favor)
+        return fishers[i].float().mul(lambdas[i] / scales[i]).add_(floor * share)
 
     merged = weighted_mean([thetas[i] for i in present], [weight(i) for i in present])
     if floor == 0:

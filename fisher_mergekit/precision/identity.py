@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import weighted_mean
+from fisher_mergekit.precision.diagonal import relative, weighted_mean
 
 
 def solve(thetas: Sequence[Tensor], lambdas: Sequence[float]) -> Tensor:
     """Return the lambda-weighted mean; `lambdas` are n non-negative numbers, not all zero."""
-    return weighted_mean(thetas, lambdas)
+    return weighted_mean(thetas, relative(lambdas))

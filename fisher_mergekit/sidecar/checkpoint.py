@@ -47,10 +47,12 @@ class TensorInfo:
 
     @property
     def is_floating(self) -> bool:
+        """Whether the tensor holds ordinary floating-point numbers (not quantised ones)."""
         return self.dtype in FLOATING
 
     @property
     def count(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     def digest(self) -> str:
@@ -116,8 +118,8 @@ def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
     for info in infos.values():
         if info.stop - info.start != info.count * ITEM_BYTES.get(info.dtype, 0):
             raise CheckpointError(
-                f"{file}: tensor {info.name} ({info.dtype}, shape {list(info.shape)}) does not fill "
-                f"its {info.stop - info.start:,} bytes; the file is damaged."
+                f"{file}: tensor {info.name} ({info.dtype}, shape {list(info.shape)}) does not "
+                f"fill its {info.stop - info.start:,} bytes; the file is damaged."
             )
     return infos
 
@@ -169,8 +171,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         pickles = sorted(self.folder.glob("pytorch_model*.bin"))
         if pickles:
             raise CheckpointError(
-                f"{self.folder} holds only pickled weights ({pickles[0].name}). Pickles can run code "
-                "and are not read; load the model with transformers and save_pretrained it again, "
+                f"{self.folder} holds only pickled weights ({pickles[0].name}). Pickles can run "
+                "code and are not read; load the model with transformers and save_pretrained it, "
                 "which writes safetensors."
             )
         raise CheckpointError(f"{self.folder} has no {whole.name} and no {index.name}.")

@@ -9,7 +9,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from fisher_mergekit.errors import CheckpointError, SidecarError
+from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
 from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo
 from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
 
@@ -62,9 +62,9 @@ class Sidecar(Mapping[str, TensorInfo]):
         try:
             header = read_header(path)
             if header is None:
-                raise SidecarError(f"there is no sidecar at {path}.")
+                raise SidecarMissing(f"there is no sidecar at {path}.")
             if kind not in header.kinds:
-                raise SidecarError(
+                raise SidecarMissing(
                     f"the sidecar {path} has no complete {kind!r}; it has "
                     f"{', '.join(sorted(header.kinds)) or 'nothing'}."
                 )
