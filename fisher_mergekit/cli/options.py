@@ -1,0 +1,32 @@
+"""Flags that several subcommands share, spelt as mergekit spells them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `-v`, `--quiet` and `-j`."""
+    for option in (
+        click.option("-v", "--verbose", "verbosity", count=True, help="Say more; -vv for all."),
+        click.option("--quiet", is_flag=True, help="No progress bars and no summary."),
+        click.option(
+            "-j", "--num-threads", type=click.IntRange(min=1), help="Number of CPU threads."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def apply_common_options(verbosity: int, num_threads: int | None) -> None:
+    """Set the log level and the number of threads, as mergekit does."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    if num_threads is not None:
+        import torch
+
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,244 @@
+"""`mergekit-fisher precompute`: measure models and write their sidecars."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.common import ModelReference
+from mergekit.options import ShardSizeParamType
+from tqdm import tqdm
+
+from fisher_mergekit.cli.options import add_common_options, apply_common_options
+from fisher_mergekit.errors import FisherMergekitError, PlanningError, RecipeError
+from fisher_mergekit.measure.precompute import Job, check, existing_sidecar
+from fisher_mergekit.measure.precompute import precompute as measure
+from fisher_mergekit.recipe import Calibration, read_calibration, read_recipe
+from fisher_mergekit.sidecar.location import default_location
+
+_CALIBRATION_FLAGS = (
+    ("--path", "path", str, "Calibration data: a local file or a `datasets` name."),
+    ("--name", "name", str, "Configuration of the data set."),
+    ("--split", "split", str, "Split of the data set.  [default: train]"),
+    ("--text", "text", str, "Text column; give it twice for a pair."),
+    ("--messages", "messages", str, "Chat column."),
+    ("--label", "label", str, "Label column."),
+    ("--estimator", "estimator", click.Choice(["exact", "sampled", "empirical"]),
+     "Where y comes from.  [default: exact for classifiers, sampled for language models]"),
+    ("--unit", "unit", click.Choice(["sequence"]), "Whose gradient is squared whole."),
+    ("--examples", "examples", int, "Use the first N examples.  [default: 4096]"),
+    ("--max-length", "max_length", int, "Cut examples to this many tokens.  [default: 512]"),
+    ("--batch-size", "batch_size", int, "Changes speed and memory only.  [default: 16]"),
+    ("--dtype", "dtype", click.Choice(["float32", "bfloat16", "float16"]),
+     "Compute in this dtype.  [default: float32]"),
+    ("--sidecar-dtype", "sidecar_dtype", click.Choice(["float32", "bfloat16"]),
+     "Write in this dtype.  [default: float32]"),
+)  # fmt: skip
+
+
+def _add_calibration_flags(command: Any) -> Any:
+    for flag, key, value_type, text in reversed(_CALIBRATION_FLAGS):
+        command = click.option(flag, key, type=value_type, help=text, multiple=key == "text")(
+            command
+        )
+    command = click.option("--shuffle/--no-shuffle", default=None, help="Draw the examples.")(
+        command
+    )
+    return click.option(
+        "--mask-prompt/--no-mask-prompt", default=None, help="Language models: score no prompt."
+    )(command)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mergekit-fisher precompute recipe.yml
+  mergekit-fisher precompute recipe.yml --examples 256 --force
+  mergekit-fisher precompute --model ./rte --path rte.jsonl --text premise --text hypothesis
+"""
+)
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--model", help="Measure this one model; with a recipe, only this one of its models.")
+@click.option("--out", type=click.Path(path_type=Path), help="Sidecar folder, with --model.")
+@click.option("--kind", default=None, type=click.Choice(["fisher"]), help="What to measure.")
+@_add_calibration_flags
+@click.option("--force", is_flag=True, help="Measure again what has a valid sidecar.")
+@click.option("--device", default="cpu", show_default=True, help="Device to compute on, or auto.")
+@click.option("--cuda", is_flag=True, help="Same as --device cuda.")
+@click.option("--random-seed", type=int, help="Seed of draws and shuffling.  [default: 0]")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with a model (danger)."
+)
+@click.option("--transformers-cache", help="Override storage path for downloaded models.")
+@click.option(
+    "--out-shard-size", type=ShardSizeParamType(), default="5B", show_default=True,
+    help="Largest file to write, in bytes, as mergekit counts it.",
+)  # fmt: skip
+@add_common_options
+def precompute(
+    recipe: Path | None,
+    model: str | None,
+    out: Path | None,
+    kind: str | None,
+    force: bool,
+    device: str,
+    cuda: bool,
+    random_seed: int | None,
+    trust_remote_code: bool,
+    transformers_cache: str | None,
+    out_shard_size: int,
+    verbosity: int,
+    quiet: bool,
+    num_threads: int | None,
+    **flags: Any,
+) -> None:
+    """Measure every model of RECIPE that has no valid sidecar yet.
+
+    Without a recipe, measure one model: --model M --path DATA. Flags override the recipe.
+    """
+    apply_common_options(verbosity, num_threads)
+    start = time.perf_counter()
+    overrides = _overrides(flags, random_seed)
+    common = {
+        "device": _device(device, cuda),
+        "trust_remote_code": trust_remote_code,
+        "shard_size": out_shard_size,
+    }
+    jobs = [
+        Job(
+            str(reference),
+            reference.model.revision,
+            _folder(reference, transformers_cache),
+            place,
+            kind or default_kind,
+            calibration,
+            **common,
+        )  # fmt: skip
+        for reference, place, default_kind, calibration in _requests(recipe, model, out, overrides)
+    ]
+    waiting = []
+    for job in jobs:
+        sidecar = None if force else existing_sidecar(job)
+        if sidecar is None:
+            waiting.append(job)
+        elif not quiet:
+            click.echo(f"{job.reference}: {job.out} is valid, nothing to measure.")
+    _check_all(waiting)
+    for job in waiting:
+        with tqdm(desc=f"Measuring {job.reference}", unit="example", disable=quiet) as bar:
+
+            def advance(done: int, total: int, bar: Any = bar) -> None:
+                bar.total = total
+                bar.update(done)
+
+            header = measure(job, advance)
+        if not quiet:
+            settings = header.kinds[job.kind].settings
+            click.echo(
+                f"{job.reference}: read {settings.examples:,} examples ({settings.tokens:,} tokens), "
+                f"wrote {job.out}"
+            )
+    if not quiet:
+        _summary(recipe, jobs, len(waiting), time.perf_counter() - start)
+
+
+def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """Return the calibration keys that were given as flags."""
+    given = {key: value for key, value in flags.items() if value is not None and value != ()}
+    if "text" in given:
+        columns = given["text"]
+        given["text"] = columns[0] if len(columns) == 1 else list(columns)
+        given.setdefault("messages", None)
+    elif "messages" in given:
+        given["text"] = None
+    if seed is not None:
+        given["seed"] = seed
+    return given
+
+
+def _requests(
+    recipe_path: Path | None, model: str | None, out: Path | None, overrides: dict[str, Any]
+) -> list[tuple[ModelReference, Path, str, Calibration]]:
+    """Return (model, sidecar folder, kind, calibration) of everything that is asked for."""
+    if recipe_path is None:
+        if model is None:
+            raise RecipeError(
+                "give a recipe, or one model: --model MODEL --path DATA --text COLUMN"
+            )
+        reference = ModelReference.parse(model)
+        place = out or default_location(reference.model.path, reference.model.revision)
+        return [(reference, place, "fisher", read_calibration(overrides, where="flags"))]
+    recipe = read_recipe(recipe_path)
+    chosen = [m for m in recipe.models if model is None or str(m.reference) == model]
+    if not chosen:
+        names = ", ".join(str(m.reference) for m in recipe.models)
+        raise RecipeError(f"{recipe_path} has no model {model!r}; it has {names}.")
+    if out is not None and len(chosen) > 1:
+        raise RecipeError("--out is the folder of one sidecar: name the model too, --model MODEL.")
+    requests = []
+    for entry in chosen:
+        place = out or entry.sidecar
+        if place is None:
+            place = default_location(entry.reference.model.path, entry.reference.model.revision)
+        if place.suffix == ".safetensors":
+            place = place.parent
+        calibration = read_calibration(
+            entry.calibration.model_dump(exclude_unset=True), overrides, where="flags"
+        )
+        requests.append((entry.reference, place, recipe.kind, calibration))
+    return requests
+
+
+def _folder(reference: ModelReference, cache: str | None) -> Path:
+    """Return the local files of a model, downloading it from the Hub if need be."""
+    if reference.lora is not None:
+        raise RecipeError(
+            f"{reference}: adapters cannot be measured yet. Merge the adapter into its model first, "
+            "and name the result."
+        )
+    try:
+        return Path(reference.local_path(cache_dir=cache))
+    except Exception as error:  # the hub client raises a wide family, offline included
+        raise RecipeError(
+            f"{reference} is neither a local folder nor a model that can be downloaded: {error}"
+        ) from None
+
+
+def _device(device: str, cuda: bool) -> str:
+    import torch
+
+    if cuda:
+        device = "cuda"
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        return str(accelerator) if accelerator is not None else "cpu"
+    try:
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"device {device!r} cannot be used here: {reason} Try --device cpu."
+        ) from None
+    return device
+
+
+def _check_all(jobs: list[Job]) -> None:
+    """Raise everything that is wrong with all jobs at once, before the first is measured."""
+    problems = []
+    for job in jobs:
+        try:
+            check(job)
+        except FisherMergekitError as error:
+            problems.append(f"{job.reference}: {error.message}")
+    if problems:
+        raise PlanningError(problems)
+
+
+def _summary(recipe: Path | None, jobs: list[Job], measured: int, seconds: float) -> None:
+    click.echo(f"Measured {measured} of {len(jobs)} models in {seconds:.1f} s.")
+    if recipe is not None:
+        click.echo(f"Next: mergekit-yaml {recipe} merged/")
+    else:
+        click.echo(f"Next: mergekit-fisher inspect {jobs[0].out}")

@@ -1,0 +1,15 @@
+"""Floor 3a, the laboratory: from a model and its calibration data to its precisions.
+
+The way of the data, one room each:
+
+    calibration.py   rows of a data set -> texts and labels
+    batches.py       texts -> token ids -> padded batches
+    subject.py       a checkpoint -> the model, and which parameter is which tensor in its files
+    likelihoods/     logits -> the score of an outcome: what log p(y|x) is for this head
+    estimators/      where y comes from: exact, sampled, empirical
+    taps.py          every layer's inputs and output gradients, batch by batch
+    layers/          a layer's taps -> what each example adds to its parameters' gradients
+    contributions.py … squared example by example, and summed
+    session.py       the loop that joins them
+    precompute.py    a model of a recipe -> its sidecar
+"""

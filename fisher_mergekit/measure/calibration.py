@@ -1,0 +1,137 @@
+"""Rows of a data set: the texts, pairs or chats, and labels, that a model is measured on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fisher_mergekit.errors import CalibrationError, nearest
+from fisher_mergekit.recipe import Calibration
+
+LOG = logging.getLogger(__name__)
+
+LOCAL_BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".txt": "text",
+}  # fmt: skip
+DEFAULT_EXAMPLES = 4096
+"""As many as the first release of Fisher merging used at most."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as it stands in the data: text or a pair, or chat messages, and a label."""
+
+    text: str | tuple[str, str] | None
+    messages: Sequence[Mapping[str, str]] | None
+    label: int | str | None
+
+
+def load_rows(calibration: Calibration) -> list[Row]:
+    """Load the first N rows of the split, or N drawn with the seed when `shuffle` is set.
+
+    Raises:
+        CalibrationError: no such data or column, nothing in it, or an empty text.
+    """
+    if calibration.path is None:
+        raise CalibrationError(
+            "no calibration data. Add `calibration: {path: …, text: …}` to the model in the recipe "
+            "(or --path and --text)."
+        )
+    if (calibration.text is None) == (calibration.messages is None):
+        raise CalibrationError(
+            f"{calibration.path}: name either the text column(s), `text:`, or the chat column, "
+            "`messages:`."
+        )
+    wanted = calibration.examples or DEFAULT_EXAMPLES
+    records = _first(_load_dataset(calibration), wanted, calibration)
+    if not records:
+        raise CalibrationError(
+            f"{calibration.path}: split {calibration.split!r} has no examples; there is nothing to "
+            "measure on."
+        )
+    if calibration.examples is not None and len(records) < calibration.examples:
+        LOG.warning(
+            "%s has only %d examples, not the %d asked for; measuring on all of them.",
+            calibration.path,
+            len(records),
+            calibration.examples,
+        )
+    return [_row(record, number, calibration) for number, record in enumerate(records)]
+
+
+def _load_dataset(calibration: Calibration) -> Any:
+    import datasets  # slow to import, and only needed here
+
+    path = str(calibration.path)
+    builder = LOCAL_BUILDERS.get(Path(path).suffix.lower())
+    options: dict[str, Any] = {"split": calibration.split, "streaming": calibration.streaming}
+    if builder is not None:
+        if not Path(path).is_file():
+            raise CalibrationError(f"calibration data {path} does not exist.")
+        if Path(path).suffix.lower() == ".tsv":
+            options["sep"] = "\t"
+        path, options["data_files"] = builder, path
+    else:
+        options |= {"name": calibration.name, "data_files": calibration.data_files}
+    level = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        return datasets.load_dataset(path, **options)
+    except Exception as error:  # the library raises its own, the hub's, the file formats', …
+        raise CalibrationError(
+            f"cannot load calibration data {calibration.path}, split {calibration.split!r}: {error}"
+        ) from error
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+
+
+def _first(data: Any, count: int, calibration: Calibration) -> list[dict[str, Any]]:
+    try:
+        if calibration.shuffle:
+            data = data.shuffle(seed=calibration.seed)
+        return list(data.take(count) if calibration.streaming else _head(data, count))
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"cannot read calibration data {calibration.path}: {error}"
+        ) from error
+
+
+def _head(data: Any, count: int) -> Iterable[dict[str, Any]]:
+    return data.select(range(min(count, len(data))))
+
+
+def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Row:
+    where = f"{calibration.path}, example {number}"
+
+    def column(name: str) -> Any:
+        if name not in record:
+            raise CalibrationError(
+                f"{calibration.path} has no column {name!r}.{nearest(name, record)} "
+                f"Columns: {', '.join(record)}."
+            )
+        return record[name]
+
+    def text(name: str) -> str:
+        value = column(name)
+        if not isinstance(value, str) or not value.strip():
+            raise CalibrationError(f"{where}: column {name!r} holds no text, but {value!r}.")
+        return value
+
+    label = None if calibration.label is None else column(calibration.label)
+    if calibration.messages is not None:
+        messages = column(calibration.messages)
+        if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+            raise CalibrationError(
+                f"{where}: column {calibration.messages!r} is no chat; expected a list of "
+                "{role, content} entries."
+            )
+        return Row(None, messages, label)
+    names = calibration.text
+    assert names is not None
+    if isinstance(names, str):
+        return Row(text(names), None, label)
+    return Row((text(names[0]), text(names[1])), None, label)

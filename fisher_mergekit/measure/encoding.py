@@ -1,0 +1,125 @@
+"""Rows to tokenised examples, by the model's own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import xxhash
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fisher_mergekit.errors import CalibrationError
+from fisher_mergekit.measure.batches import Example
+from fisher_mergekit.measure.calibration import Row
+from fisher_mergekit.recipe import Calibration
+
+_INPUTS = ("input_ids", "token_type_ids")
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    calibration: Calibration,
+) -> list[Example]:
+    """Tokenise calibration rows, cut to the maximum length.
+
+    Raises:
+        CalibrationError: an empty example, a label outside the model's classes, a chat without a
+            chat template, or a prompt that cannot be told from the rest.
+    """
+    length = min(calibration.max_length, longest_input(tokenizer, config))
+    examples = []
+    for number, row in enumerate(rows):
+        where = f"{calibration.path}, example {number}"
+        ids, prompt = _ids(row, tokenizer, calibration, length, where)
+        if not ids["input_ids"]:
+            raise CalibrationError(f"{where}: the text has no tokens.")
+        label = None if row.label is None else _class_index(row.label, config, where)
+        examples.append(Example(number, ids, prompt if calibration.mask_prompt else 0, label))
+    return examples
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """Return how many tokens the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    if "roberta" in config.model_type and config.pad_token_id is not None:
+        positions -= config.pad_token_id + 1  # RoBERTa counts positions from there
+    return min(int(tokenizer.model_max_length), positions)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Return a digest of what the model saw: token ids, prompts and labels, in order."""
+    hasher = xxhash.xxh3_128()
+    for example in examples:
+        hasher.update(repr((example.inputs, example.prompt, example.label)).encode())
+    return hasher.hexdigest()
+
+
+def _ids(
+    row: Row, tokenizer: Any, calibration: Calibration, length: int, where: str
+) -> tuple[dict[str, list[int]], int]:
+    """Return model inputs, and the length of the prompt in tokens."""
+    if row.messages is not None:
+        return _chat_ids(row.messages, tokenizer, length, where)
+    first, second = row.text if isinstance(row.text, tuple) else (row.text, None)
+    encoded = tokenizer(first, second, truncation=True, max_length=length)
+    inputs = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
+    if not calibration.mask_prompt:
+        return inputs, 0
+    if second is None:
+        raise CalibrationError(
+            "mask_prompt needs to know the prompt: give a pair `text: [PROMPT, COMPLETION]`, or "
+            "`messages:`."
+        )
+    sequence = encoded.sequence_ids(0)
+    prompt = next((i for i, part in enumerate(sequence) if part == 1), len(sequence))
+    return inputs, prompt
+
+
+def _chat_ids(
+    messages: Any, tokenizer: Any, length: int, where: str
+) -> tuple[dict[str, list[int]], int]:
+    """Render a chat; its prompt is everything before the last message."""
+    if not tokenizer.chat_template:
+        raise CalibrationError(
+            "this model's tokenizer has no chat template; name a plain text column, `text:`."
+        )
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    before = (
+        tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        if len(messages) > 1
+        else ""
+    )
+    encoded = tokenizer(
+        whole,
+        add_special_tokens=False,
+        truncation=True,
+        max_length=length,
+        return_offsets_mapping=tokenizer.is_fast,
+    )
+    inputs = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
+    if not whole.startswith(before):
+        raise CalibrationError(
+            f"{where}: the chat template does not render the prompt as a part of the whole chat, "
+            "so it cannot be masked."
+        )
+    prompt = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    if tokenizer.is_fast:
+        prompt = sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
+    return inputs, min(prompt, len(inputs["input_ids"]))
+
+
+def _class_index(label: int | str, config: PretrainedConfig, where: str) -> int:
+    """Return the class index of a label given as an index or a name."""
+    classes = config.num_labels
+    if isinstance(label, str) and label in config.label2id:
+        return int(config.label2id[label])
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < classes:
+        return label
+    names = ", ".join(str(config.id2label[i]) for i in range(min(classes, 8)))
+    raise CalibrationError(
+        f"{where}: label {label!r} is none of the model's {classes} classes (0 to {classes - 1}: "
+        f"{names}). Give data of the model's own task; only the empirical estimator needs labels, "
+        "for the others drop `label:`."
+    )

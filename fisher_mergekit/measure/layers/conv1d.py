@@ -1,0 +1,26 @@
+"""GPT-2's Conv1D: a linear layer that stores its weight transposed, `[in, out]`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
+
+from fisher_mergekit.measure.contributions import Contribution, Product, Vector
+from fisher_mergekit.measure.layers.base import Layer, tokens
+
+
+class Conv1D(Layer):
+    """`transformers.pytorch_utils.Conv1D`: y = x W + bias."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return type(module) is TransformersConv1D
+
+    def backward(
+        self, module: nn.Module, x: Tensor, gradient: Tensor
+    ) -> tuple[Tensor | None, dict[str, Contribution]]:
+        cols = tokens(gradient)
+        return gradient @ module.weight.T, {
+            "weight": Product(tokens(x), cols),
+            "bias": Vector(cols.float().sum(1)),
+        }

@@ -1,0 +1,31 @@
+"""Embedding: y_btd = W[ids_bt, d], so example b's gradient is g_btd added at row ids_bt."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fisher_mergekit.measure.contributions import Contribution, Scatter
+from fisher_mergekit.measure.layers.base import Layer
+
+
+class Embedding(Layer):
+    """`torch.nn.Embedding` of ids `[b, t]`, without renormalisation."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.Embedding)
+            and type(module).forward is nn.Embedding.forward
+            and module.max_norm is None
+            and not module.scale_grad_by_freq
+        )
+
+    def backward(
+        self, module: nn.Module, x: Tensor, gradient: Tensor
+    ) -> tuple[Tensor | None, dict[str, Contribution]]:
+        values = gradient.float()
+        if module.padding_idx is not None:
+            # The row at padding_idx is a constant to PyTorch: it is never trained.
+            values = values.masked_fill((x == module.padding_idx).unsqueeze(-1), 0.0)
+        ids = x.reshape(x.shape[0], -1)
+        return None, {"weight": Scatter(ids, values.reshape(*ids.shape, -1))}

@@ -1,0 +1,25 @@
+"""Linear: y_bto = Σ_i x_bti W_oi + bias_o, so example b's weight gradient is Σ_t g_bto x_bti."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fisher_mergekit.measure.contributions import Contribution, Product, Vector
+from fisher_mergekit.measure.layers.base import Layer, tokens
+
+
+class Linear(Layer):
+    """`torch.nn.Linear`, but no subclass that computes something else."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+    def backward(
+        self, module: nn.Module, x: Tensor, gradient: Tensor
+    ) -> tuple[Tensor | None, dict[str, Contribution]]:
+        rows = tokens(gradient)
+        contributions: dict[str, Contribution] = {"weight": Product(rows, tokens(x))}
+        if module.bias is not None:
+            contributions["bias"] = Vector(rows.float().sum(1))
+        return gradient @ module.weight, contributions

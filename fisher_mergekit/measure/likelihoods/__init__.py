@@ -1,0 +1,30 @@
+"""One file a head: what log p(y|x) is for a classifier, a causal LM, …
+
+To add one, write a file here with a subclass of `Likelihood`; it is found by itself.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from fisher_mergekit.errors import MeasureError
+from fisher_mergekit.measure.likelihoods.base import Likelihood
+
+for _module in iter_modules(__path__, __name__ + "."):
+    import_module(_module.name)
+
+
+def likelihood_for(architecture: str) -> Likelihood:
+    """Return the likelihood of a transformers class, by the end of its name.
+
+    Raises:
+        MeasureError: no file here knows this head.
+    """
+    for likelihood in Likelihood.known:
+        if architecture.endswith(likelihood.heads):
+            return likelihood()
+    heads = ", ".join(head for known in Likelihood.known for head in known.heads)
+    raise MeasureError(
+        f"no likelihood is known for {architecture}. Models that can be measured end in: {heads}."
+    )

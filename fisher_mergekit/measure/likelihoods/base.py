@@ -1,0 +1,55 @@
+"""What a likelihood has to say of itself, always in terms of the logits.
+
+The gradient of log p(y|x) with respect to the parameters is Jᵀ s with J the Jacobian of the logits
+and s the *score* of y, ∂ log p(y|x) / ∂ logits. Every estimator only needs scores.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fisher_mergekit.measure.batches import Batch
+
+
+class Likelihood(ABC):
+    """One head's likelihood."""
+
+    known: ClassVar[list[type[Likelihood]]] = []
+    name: ClassVar[str]
+    heads: ClassVar[tuple[str, ...]]
+    """Ends of the names of the transformers classes that have this head."""
+    default_estimator: ClassVar[str]
+    needs_label: ClassVar[bool]
+    """Whether the empirical estimator needs a label column."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        Likelihood.known.append(cls)
+
+    @abstractmethod
+    def check(self, config: Any) -> None:
+        """Raise MeasureError if the model's configuration asks for another likelihood."""
+
+    @abstractmethod
+    def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:
+        """Return ∂ log p(outcome|x) / ∂ logits, `[b, …]` as the logits."""
+
+    @abstractmethod
+    def sample(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
+        """Draw one outcome an example; the draw depends on the seed and the example alone."""
+
+    @abstractmethod
+    def observed(self, batch: Batch) -> Tensor:
+        """Return the outcomes in the data.
+
+        Raises:
+            CalibrationError: the data has none.
+        """
+
+    @abstractmethod
+    def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield columns l_k with Σ_k l_k l_kᵀ = E_y [score scoreᵀ], each as the logits."""

@@ -1,0 +1,207 @@
+"""The measuring step: one model of a recipe, and its sidecar."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
+from fisher_mergekit.measure.encoding import encode, fingerprint
+from fisher_mergekit.measure.estimators import estimator_for
+from fisher_mergekit.measure.likelihoods import Likelihood, likelihood_for
+from fisher_mergekit.measure.session import Session
+from fisher_mergekit.measure.subject import Subject, architecture_of, load_subject
+from fisher_mergekit.recipe import Calibration
+from fisher_mergekit.sidecar.checkpoint import Checkpoint
+from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
+from fisher_mergekit.sidecar.reader import Sidecar
+from fisher_mergekit.sidecar.writer import SHARD_SIZE, describe, write_sidecar
+
+_SOURCE_KEYS = (
+    "path", "name", "split", "data_files", "text", "messages", "label", "shuffle",
+)  # fmt: skip
+"""Calibration keys that say which data; recorded in the header."""
+
+Progress = Callable[[int, int], Any]
+"""Called with the number of examples done in this step, and of all examples."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to measure.
+
+    Attributes:
+        reference: the model as the user typed it, and its revision.
+        folder: its local files.
+        out: its sidecar folder.
+        kind: what to measure.
+        calibration: on what, and how.
+    """
+
+    reference: str
+    revision: str | None
+    folder: Path
+    out: Path
+    kind: str
+    calibration: Calibration
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    shard_size: int = SHARD_SIZE
+
+
+def existing_sidecar(job: Job) -> Sidecar | None:
+    """Return the model's valid sidecar, or None if it has none that a merge could use.
+
+    Raises:
+        SidecarError: it is valid, but was measured in another way than the recipe asks for.
+    """
+    try:
+        sidecar = Sidecar(job.out, job.kind)
+    except SidecarError:
+        return None
+    checkpoint = Checkpoint(job.folder)
+    names = [name for name in sidecar if name in checkpoint]
+    if len(names) != len(sidecar) or sidecar.foreign(checkpoint, names):
+        return None
+    differences = _differences(job, sidecar.measurement)
+    if differences:
+        raise SidecarError(
+            f"{job.out} was measured in another way than asked for now: {'; '.join(differences)}. "
+            "Measure it again with --force, or ask for what is there."
+        )
+    return sidecar
+
+
+def _differences(job: Job, measurement: Measurement) -> list[str]:
+    """Return where a sidecar's settings are not the ones asked for.
+
+    Without data of its own a model is taken as its author measured it, as long as what must agree
+    between models (estimator, unit, length) does.
+    """
+    asked, settings = job.calibration, measurement.settings
+    pairs: dict[str, tuple[Any, Any]] = {
+        "unit": (settings.unit, asked.unit),
+        "max_length": (settings.max_length, asked.max_length),
+    }
+    if asked.estimator is not None:
+        pairs["estimator"] = (settings.estimator, asked.estimator)
+    if asked.path is not None:
+        recorded = measurement.calibration
+        pairs["examples"] = (settings.examples_requested, asked.examples or DEFAULT_EXAMPLES)
+        pairs["seed"] = (settings.seed, asked.seed)
+        pairs["mask_prompt"] = (settings.mask_prompt, asked.mask_prompt)
+        pairs["sidecar_dtype"] = (settings.dtype, asked.sidecar_dtype)
+        for key, value in _source(asked).items():
+            pairs[key] = (recorded.get(key), value)
+    return [f"{key} was {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now]
+
+
+def _source(calibration: Calibration) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in calibration.model_dump(mode="json").items()
+        if key in _SOURCE_KEYS and value is not None
+    }
+
+
+def check(job: Job) -> None:
+    """Find out what can be wrong with a job before any model is loaded.
+
+    Raises:
+        FisherMergekitError: damaged files, an unknown head, or unusable calibration data.
+    """
+    Checkpoint(job.folder)
+    architecture = architecture_of(job.folder, trust_remote_code=job.trust_remote_code)
+    likelihood_for(architecture)
+    load_rows(job.calibration)
+
+
+def precompute(job: Job, progress: Progress = lambda done, total: None) -> Header:
+    """Measure one model and write its sidecar.
+
+    Returns:
+        The header that was written.
+
+    Raises:
+        FisherMergekitError: what is wrong, where, and what mends it. Nothing partial is left.
+    """
+    start = time.perf_counter()
+    calibration = job.calibration
+    set_seed(calibration.seed)
+    rows = load_rows(calibration)
+    subject = load_subject(
+        job.folder,
+        dtype=getattr(torch, calibration.dtype),
+        device=job.device,
+        trust_remote_code=job.trust_remote_code,
+    )
+    likelihood = likelihood_for(subject.architecture)
+    likelihood.check(subject.config)
+    examples = encode(rows, subject.tokenizer, subject.config, calibration)
+    estimator = calibration.estimator or likelihood.default_estimator
+    session = Session(
+        model=subject.model,
+        likelihood=likelihood,
+        estimator=estimator_for(estimator),
+        seed=calibration.seed,
+        pad_token_id=subject.pad_token_id,
+        device=torch.device(job.device),
+    )
+    fishers = session.run(
+        examples, calibration.batch_size, lambda count: progress(count, len(examples))
+    )
+    dtype = getattr(torch, calibration.sidecar_dtype)
+    tensors = {name: fishers[p].to("cpu", dtype) for name, p in sorted_names(subject)}
+    measurement = Measurement(
+        settings=_settings(calibration, likelihood, estimator, [len(e) for e in examples]),
+        calibration={**_source(calibration), "fingerprint": fingerprint(examples)},
+        weights=subject.weight_records(),
+        tensors=describe(tensors),
+        unmeasured=subject.unmeasured,
+        versions=versions(),
+        wall_seconds=round(time.perf_counter() - start, 3),
+    )
+    identity = ModelIdentity(
+        reference=job.reference, revision=job.revision, architecture=subject.architecture
+    )
+    return write_sidecar(
+        job.out, job.kind, identity, measurement, tensors, shard_size=job.shard_size
+    )
+
+
+def sorted_names(subject: Subject) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return the measured tensors' names on disk and their parameters, sorted by name."""
+    return sorted(subject.names.items(), key=lambda item: item[0])
+
+
+def _settings(
+    calibration: Calibration, likelihood: Likelihood, estimator: str, lengths: list[int]
+) -> Settings:
+    return Settings(
+        estimator=estimator,
+        unit=calibration.unit,
+        likelihood=likelihood.name,
+        examples=len(lengths),
+        examples_requested=calibration.examples or DEFAULT_EXAMPLES,
+        tokens=sum(lengths),
+        max_length=calibration.max_length,
+        mask_prompt=calibration.mask_prompt,
+        seed=calibration.seed,
+        compute_dtype=calibration.dtype,
+        dtype=calibration.sidecar_dtype,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    packages = ("fisher_mergekit", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

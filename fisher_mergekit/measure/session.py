@@ -1,0 +1,193 @@
+"""THE loop: a model and batches in, the mean squared per-example gradient of each parameter out.
+
+    for each batch
+        forward, with every layer tapped
+        for each seed of the estimator
+            backward: each layer adds its examples' squares
+    divide by the number of examples
+
+Before the first batch the rules are *verified*: three examples of different lengths, padded
+together, against plain autograd on each of them alone and unpadded, for every parameter. A
+parameter whose rule disagrees is not measured wrongly but slowly, by that same plain autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_mergekit.errors import MeasureError
+from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, collate
+from fisher_mergekit.measure.estimators import Estimator
+from fisher_mergekit.measure.likelihoods.base import Likelihood
+from fisher_mergekit.measure.taps import Irregular, Taps, add_single_squares
+
+LOG = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.2, torch.float16: 0.05}
+"""Relative difference, by the model's dtype, above which a rule and plain autograd disagree."""
+
+
+@dataclass
+class Session:
+    """One measurement of one model.
+
+    Args:
+        model: a transformers model; put into evaluation mode, its parameters frozen.
+        likelihood: what log p(y|x) is for its head.
+        estimator: where y comes from.
+        seed: of the sampled estimator's draws.
+        pad_token_id: any id; padding is masked.
+        device: where the model is.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    estimator: Estimator
+    seed: int
+    pad_token_id: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        self._taps = Taps(self.model)
+
+    def run(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        advance: Callable[[int], Any] = lambda count: None,
+    ) -> dict[nn.Parameter, Tensor]:
+        """Return the diagonal Fisher of every parameter, float32, the mean over the examples.
+
+        Args:
+            examples: tokenised calibration data, at least one.
+            batch_size: changes speed and memory only.
+            advance: called with the number of examples after each batch.
+
+        Raises:
+            MeasureError: a gradient is not finite.
+        """
+        self.verify(examples)
+        for batch in batches(examples, batch_size, self.pad_token_id):
+            self._add_batch(batch.to(self.device))
+            advance(len(batch))
+        totals = self._taps.totals
+        for name, parameter in self.model.named_parameters():
+            if not totals[parameter].div_(len(examples)).isfinite().all():
+                raise MeasureError(
+                    f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure in "
+                    "float32 (`dtype: float32`)."
+                )
+        return totals
+
+    def verify(self, examples: Sequence[Example]) -> None:
+        """Compare every rule with plain autograd on single examples; loosen those that differ."""
+        batch = collate(_spread(examples, 3), self.pad_token_id).to(self.device)
+        totals = self._taps.totals
+        truth = {p: torch.zeros_like(total) for p, total in totals.items()}
+        logits = self._tapped_logits(batch)
+        seed = self._seeds(logits, batch)[0]
+        self._taps.backward(logits, seed, keep_graph=False)
+        with _requiring_grad(truth):
+            for single, single_seed in _rows(batch, seed):
+                add_single_squares(
+                    truth, truth, self._logits(single), single_seed, keep_graph=False
+                )
+        noise = _noise(truth, logits.dtype)
+        tolerance = TOLERANCE[logits.dtype]
+        for name, parameter in self.model.named_parameters():
+            error = _rms(totals[parameter] - truth[parameter])
+            if error > max(tolerance * _rms(truth[parameter]), noise):
+                self._taps.loosen(parameter, name, "its layer's rule does not hold in this model")
+        for total in totals.values():
+            total.zero_()
+
+    def _add_batch(self, batch: Batch) -> None:
+        """Add the squares of one batch to the totals."""
+        logits = self._tapped_logits(batch)
+        seeds = self._seeds(logits, batch)
+        for number, seed in enumerate(seeds, start=1):
+            self._taps.backward(logits, seed, keep_graph=number < len(seeds))
+        if self._taps.loose:
+            self._add_loose(batch)
+
+    def _tapped_logits(self, batch: Batch) -> Tensor:
+        while True:
+            try:
+                with self._taps.installed(), torch.enable_grad():
+                    self._taps.start(len(batch), self.device)
+                    return self._logits(batch)
+            except Irregular:
+                continue  # its parameters are loose now, and nothing has been added yet
+
+    def _seeds(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        seeds = self.estimator.seeds(self.likelihood, logits.detach(), batch, self.seed)
+        return [seed.to(logits.dtype) for seed in seeds]
+
+    def _add_loose(self, batch: Batch) -> None:
+        """Measure the parameters that no rule covers, one example at a time."""
+        loose = list(self._taps.loose)
+        with _requiring_grad(loose):
+            for index in range(len(batch)):
+                single = batch.single(index)
+                logits = self._logits(single)
+                seeds = self._seeds(logits, single)
+                for number, seed in enumerate(seeds, start=1):
+                    add_single_squares(
+                        self._taps.totals, loose, logits, seed, keep_graph=number < len(seeds)
+                    )
+
+    def _logits(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.model(**batch.inputs).logits
+        return logits
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return up to `count` examples whose lengths are spread over all lengths."""
+    ordered = by_length(examples)
+    last = len(ordered) - 1
+    places = sorted({round(last * (i + 0.5) / count) for i in range(count)})
+    return [ordered[place] for place in places]
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _noise(squares: dict[nn.Parameter, Tensor], dtype: torch.dtype) -> float:
+    """Return the size of a squared gradient that is rounding alone.
+
+    Some gradients are zero on paper (an attention's key bias shifts every score alike), and then
+    two right computations have nothing in common.
+    """
+    largest = max(_rms(square) for square in squares.values())
+    return largest * (50 * torch.finfo(dtype).eps) ** 2
+
+
+def _rows(batch: Batch, seed: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each example alone, with its part of the seed, without padding."""
+    for index, length in enumerate(batch.lengths):
+        row = seed[index : index + 1]
+        per_token = row.dim() > 2
+        yield batch.single(index), row[:, :length] if per_token else row
+
+
+class _requiring_grad:
+    """Let some parameters require gradients inside the block."""
+
+    def __init__(self, parameters: Any):
+        self._parameters = list(parameters)
+
+    def __enter__(self) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
