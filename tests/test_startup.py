@@ -109,8 +109,12 @@ def refusal(name: str = "fisher") -> str:
     """
 
 
+# Python itself loads an encoding to read any .pth file.
+ADDED = "*sorted(name for name in set(sys.modules) - start if not name.startswith('encodings.'))"
+
+
 def test_a_start_adds_two_modules_and_one_finder(sandbox: Sandbox) -> None:
-    said = sandbox.python("print(*sorted(set(sys.modules) - start), sys.meta_path[0])")
+    said = sandbox.python(f"print({ADDED}, sys.meta_path[0])")
     assert said.startswith("fisher_mergekit fisher_mergekit.startup <fisher_mergekit.startup.Watch")
 
 
@@ -245,7 +249,7 @@ def test_a_mergekit_inside_a_zip_file_whose_modules_share_one_loader(sandbox: Sa
 def test_the_off_switch_leaves_mergekit_alone(sandbox: Sandbox) -> None:
     off = {startup.OFF_SWITCH: "1"}
     assert sandbox.python(refusal(), **off) == "RuntimeError | Unimplemented merge method fisher"
-    said = sandbox.python("print(*sorted(set(sys.modules) - start))\nimport mergekit.plan", **off)
+    said = sandbox.python(f"print({ADDED})\nimport mergekit.plan", **off)
     assert said == "fisher_mergekit fisher_mergekit.startup"
     assert sandbox.python(refusal(), **{startup.OFF_SWITCH: "0"}) == "our method"
 
