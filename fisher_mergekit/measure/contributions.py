@@ -54,6 +54,7 @@ class Vector:
 Contribution = Product | Scatter | Vector
 
 
+@torch.no_grad()
 def add_squares(total: Tensor, contributions: Sequence[Contribution]) -> None:
     """Add Σ_b (Σ_u c_bu)² to `total`, in place.
 
