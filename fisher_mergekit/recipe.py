@@ -197,7 +197,7 @@ def parameter_problems(config: MergeConfiguration) -> list[str]:
     whole_keys = (*shared_keys, "exclude")
     problems: list[str] = []
     used: set[str] = set()
-    for where, keys, is_model in _parameter_blocks(config):
+    for where, keys, is_model in parameter_blocks(config):
         used |= {"lambda", "weight"} & set(keys)
         is_whole = where == WHOLE
         known = MODEL_KEYS if is_model else whole_keys if is_whole else shared_keys
@@ -220,7 +220,7 @@ def parameter_problems(config: MergeConfiguration) -> list[str]:
     return problems
 
 
-def _parameter_blocks(
+def parameter_blocks(
     config: MergeConfiguration,
 ) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
     """Yield (where, settings, is it a model's) of every `parameters` in the recipe."""

@@ -1,0 +1,17 @@
+"""Floor 3b, the mergekit wing: our merge methods inside plain `mergekit-yaml`.
+
+    install.py    registers the methods and puts the one patch, after checking mergekit
+    method.py     the object that mergekit's registry holds: parameters, and a refusal
+    planner.py    the one place that touches mergekit's planner: record, check, build tasks
+    slots.py      an output tensor and the models' tensors that go into it
+    settings.py   lambda and the method's parameters, resolved for one output tensor
+    checks.py     what is wrong with a recipe and its tensors
+    exclude.py    which tensors the recipe keeps out, and which it should
+    sidecars.py   each model's sidecar: found, opened, checked, scaled
+    tasks.py      mergekit graph tasks: load a theta, load a precision, merge, copy
+
+A merge is planned like this: mergekit's own walk over modules, slices and layers is recorded
+instead of turned into tasks; the record is checked, every problem at once, before any weight is
+merged; then the tasks are built. A statistic is looked up by the *source* tensor's name in its
+model's files, so layers that change places take their own statistics with them.
+"""

@@ -1,0 +1,240 @@
+"""What is wrong with a merge: pure functions that return problems, one sentence or two each.
+
+Nothing here raises, so that one planning can tell everything at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import transformers
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from fisher_mergekit.merging import exclude
+from fisher_mergekit.merging.slots import Files, Slot, find
+from fisher_mergekit.recipe import parameter_problems
+
+TASK_CLASSES = (
+    "Classification",
+    "MultipleChoice",
+    "NextSentencePrediction",
+    "ObjectDetection",
+    "QuestionAnswering",
+    "Segmentation",
+)
+"""Endings of `transformers` classes whose head belongs to one task; a language model's does not."""
+
+
+def recipe(config: MergeConfiguration, options: MergeOptions) -> list[str]:
+    """Check what can be seen in the recipe alone; `config` is as the user wrote it."""
+    name = config.merge_method
+    problems = parameter_problems(config)
+    for models in _model_lists(config):
+        repeated = {str(model) for model in models if models.count(model) > 1}
+        problems += [
+            f"{model} is listed twice in one merge; list it once, with the sum of its lambdas."
+            for model in sorted(repeated)
+        ]
+    loras = sorted({str(m) for m in config.referenced_models() if m.lora is not None})
+    problems += [
+        f"{model}: {name} cannot merge a LoRA adapter yet. Merge the adapter into its model first "
+        "(peft: merge_and_unload, save_pretrained), and measure the result."
+        for model in loras
+    ]
+    if config.tokenizer_source is not None or config.tokenizer is not None:
+        key = "tokenizer" if config.tokenizer is not None else "tokenizer_source"
+        problems.append(
+            f"`{key}:` aligns the models' vocabularies; {name} cannot align the measured "
+            f"statistics with them yet. Remove `{key}:`; models that share a tokenizer do not "
+            "need it."
+        )
+    for key in ("dtype", "out_dtype"):
+        problems += _dtype_problems(key, getattr(config, key))
+    if (config.parameters or {}).get("exclude") and config.base_model is None:
+        problems.append(
+            "`exclude:` takes the excluded tensors from base_model, and the recipe names none. "
+            "Add `base_model:` at the top."
+        )
+    if options.unsafe_truncate_embeddings:
+        problems.append(
+            f"--unsafe-truncate-embeddings: {name} cannot truncate the measured statistics yet. "
+            "Leave it out and merge models of one vocabulary."
+        )
+    return problems
+
+
+def _model_lists(config: MergeConfiguration) -> list[list[ModelReference]]:
+    lists = [config.models or []]
+    slices = list(config.slices or [])
+    for module in (config.modules or {}).values():
+        lists.append(module.models or [])
+        slices += module.slices or []
+    return [[m.model for m in models] for models in [*lists, *(s.sources for s in slices)]]
+
+
+def _dtype_problems(key: str, name: str | None) -> list[str]:
+    try:
+        dtype = dtype_from_name(name)
+    except RuntimeError:
+        dtype = None
+    if name is None or (dtype is not None and dtype.is_floating_point):
+        return []
+    return [f"{key}: {name!r} is not one of float32, float16, bfloat16, float64."]
+
+
+def tensors(
+    slots: Sequence[Slot],
+    patterns: Sequence[str],
+    base: ModelReference | None,
+    files: Files,
+) -> list[str]:
+    """Check that every output tensor can be made: all parts there, alike, and of a known kind.
+
+    Args:
+        slots: all output tensors.
+        patterns: the recipe's `exclude`.
+        base: the recipe's `base_model`.
+        files: every model's tensors.
+    """
+
+    def remedy(offenders: Sequence[Slot]) -> str:
+        """Return the `exclude:` line, unless base_model has not got what it should keep."""
+        lost = [s.name for s in offenders if base in files and find(s.weight, files[base]) is None]
+        if lost:
+            return (
+                f"base_model {base} itself lacks {_some(lost)}; name as `base_model:` a model "
+                "that has what the others lack, and add that to `exclude:`."
+            )
+        return exclude.advice(
+            [s.name for s in offenders],
+            [s.name for s in slots],
+            patterns,
+            has_base=base is not None,
+        )
+
+    problems = exclude.unmatched(patterns, [slot.name for slot in slots])
+    problems += _not_in_base(slots)
+
+    merged = [s for s in slots if not s.excluded]
+    problems += _converted(merged)
+    missing = [s for s in merged if any(p.info is None and not p.converted for p in s.sources)]
+    if missing:
+        problems.append(
+            f"not every model has every tensor: {_absentees(missing)}. {remedy(missing)}"
+        )
+
+    complete = [s for s in merged if s.sources and s.is_complete]
+    reshaped = [s for s in complete if len({source.tensor.shape for source in s.sources}) > 1]
+    vocabulary = [s for s in reshaped if _differs_in_vocabulary(s)]
+    if vocabulary:
+        problems.append(
+            f"the models' vocabularies differ: {_shapes(vocabulary[0])}. The measured statistics "
+            "cannot be aligned with a common vocabulary yet; merge models of one vocabulary."
+        )
+    different = [s for s in reshaped if s not in vocabulary]
+    if different:
+        shapes = "; ".join(map(_shapes, different[:4])) + ("; …" if len(different) > 4 else "")
+        problems.append(f"tensors differ in shape: {shapes}. {remedy(different)}")
+
+    alike = [s for s in complete if s not in reshaped]
+    problems += _odd_dtypes(alike)
+    unequal = [s for s in alike if not s.is_floating and _is_unequal(s)]
+    if unequal:
+        problems.append(
+            f"buffers that are no floating-point numbers differ between the models: "
+            f"{_some([s.name for s in unequal])}. {remedy(unequal)}"
+        )
+    return problems
+
+
+def task_head(slots: Sequence[Slot], config: Any) -> list[str]:
+    """Return the names of merged tensors that belong to a task head.
+
+    Args:
+        slots: all output tensors.
+        config: the output model's `transformers` configuration.
+    """
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if not architecture.endswith(TASK_CLASSES):
+        return []
+    body = getattr(getattr(transformers, architecture, None), "base_model_prefix", "")
+    if not body:
+        return []
+    return [
+        s.name
+        for s in slots
+        if s.is_merged and len(s.sources) > 1 and not s.name.startswith(body + ".")
+    ]
+
+
+def _not_in_base(slots: Iterable[Slot]) -> list[str]:
+    lost = [s for s in slots if s.excluded and s.sources and not s.is_complete]
+    if not lost:
+        return []
+    return [
+        f"excluded tensors come from base_model, but {lost[0].sources[0].model} lacks "
+        f"{_some([s.name for s in lost])}. Name as `base_model:` the model that has them."
+    ]
+
+
+def _converted(slots: Iterable[Slot]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for source in (source for slot in slots for source in slot.sources if source.converted):
+        names.setdefault(str(source.model), []).append(source.weight.name)
+    return [
+        f"{model}: {_some(found)} lies in its files in another layout, which transformers converts "
+        "while loading; the measured statistics cannot follow that conversion yet."
+        for model, found in names.items()
+    ]
+
+
+def _absentees(slots: Iterable[Slot]) -> str:
+    names: dict[str, list[str]] = {}
+    for slot in slots:
+        for source in slot.sources:
+            if source.info is None and not source.converted:
+                names.setdefault(str(source.model), []).append(source.weight.name)
+    return "; ".join(f"{model} lacks {_some(found)}" for model, found in names.items())
+
+
+def _differs_in_vocabulary(slot: Slot) -> bool:
+    axis = slot.weight.vocabulary_axis
+    if axis is None:
+        return False
+    shapes = [source.tensor.shape for source in slot.sources]
+    return len({(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}) == 1
+
+
+def _is_unequal(slot: Slot) -> bool:
+    first, *others = (source.tensor for source in slot.sources)
+    return any(o.dtype != first.dtype or o.digest() != first.digest() for o in others)
+
+
+def _odd_dtypes(slots: Iterable[Slot]) -> list[str]:
+    """Find weights that are quantised, or floating in one model and not in another."""
+    odd: dict[tuple[str, str], list[str]] = {}
+    for slot in slots:
+        quantised = any(source.tensor.dtype.startswith("F8") for source in slot.sources)
+        for source in slot.sources:
+            if not source.tensor.is_floating and (quantised or slot.is_floating):
+                key = (str(source.model), source.tensor.dtype)
+                odd.setdefault(key, []).append(source.tensor.name)
+    return [
+        f"{model}: {_some(names)} is stored as {dtype}, which cannot be averaged. Save the model "
+        "again as float32, bfloat16 or float16."
+        for (model, dtype), names in odd.items()
+    ]
+
+
+def _shapes(slot: Slot) -> str:
+    shapes = ", ".join(f"{list(s.tensor.shape)} in {s.model}" for s in slot.sources)
+    return f"{slot.name} is {shapes}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the names, or of many the first ones."""
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

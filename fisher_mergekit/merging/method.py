@@ -1,0 +1,70 @@
+"""The object that mergekit's registry holds for each of our methods.
+
+mergekit gives a method's kernel tensors and settings, but not the *source* tensors' names, so a
+kernel cannot know which statistics belong to what it was given (in a sliced recipe the output's
+name is another layer's). Hence the planner merges, and the kernel only refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mergekit.merge_methods.base import (
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from fisher_mergekit.errors import FisherMergekitError
+from fisher_mergekit.methods import Method
+
+LAMBDA = ParameterSpec("lambda", float | None, ParameterScope.INPUT, default=None)
+WEIGHT = ParameterSpec("weight", float | None, ParameterScope.INPUT, default=None)
+SIDECAR = ParameterSpec("sidecar", str | None, ParameterScope.INPUT, default=None)
+
+
+def method_parameters(row: Method) -> tuple[ParameterSpec, ...]:
+    """Return the parameters that a row of `methods.METHODS` has of its own."""
+    return tuple(
+        ParameterSpec(p.name, p.value_type, ParameterScope.SHARED, default=p.default)
+        for p in row.parameters
+    )
+
+
+class PlannedMethod(MergeMethod):
+    """A merge method that is computed by the planned tasks, never by a kernel.
+
+    Its input contract ignores the base: `base_model` may be absent, listed, or listed nowhere.
+    """
+
+    def __init__(self, row: Method):
+        self.spec = MergeMethodSpec(
+            name=row.name,
+            parameters=(LAMBDA, WEIGHT, SIDECAR, *method_parameters(row)),
+            contract=InputContract(),
+            pretty_name=row.pretty_name,
+            reference_url=row.reference_url,
+        )
+
+    def _refuse(self) -> NoReturn:
+        raise FisherMergekitError(
+            f"merge method {self.spec.name!r} needs the measured sidecar of every input, and "
+            "tensors handed over one by one do not say which sidecar belongs to them; write a "
+            "recipe and run mergekit-yaml (not mergekit-pytorch, merge_tensors or "
+            "merge_state_dicts)."
+        )
+
+    def __call__(self, groups: Sequence[TensorGroup], /, **_: Any) -> NoReturn:
+        """Refuse: called by `merge_tensors` and `merge_state_dicts`."""
+        self._refuse()
+
+    def _execute_resolved(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        # Called by `mergekit-pytorch`.
+        self._refuse()
+
+    def _execute(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        self._refuse()

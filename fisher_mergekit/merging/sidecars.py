@@ -1,0 +1,226 @@
+"""Each model's sidecar, for one merge: where it is, whether it fits, and its scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+from fisher_mergekit.errors import SidecarError, SidecarMissing
+from fisher_mergekit.merging.settings import Settings
+from fisher_mergekit.merging.slots import Files, Slot
+from fisher_mergekit.precision.fisher import root_mean_square
+from fisher_mergekit.sidecar import header
+from fisher_mergekit.sidecar.checkpoint import TensorInfo
+from fisher_mergekit.sidecar.location import default_location
+from fisher_mergekit.sidecar.reader import Sidecar
+
+MEASURE = "Run: mergekit-fisher precompute RECIPE"
+MEASURE_AGAIN = "Run: mergekit-fisher precompute RECIPE --force"
+
+COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
+"""Settings that must agree before two models' precisions may be weighed against each other."""
+
+_opened: dict[tuple[Path, str], Sidecar] = {}
+
+
+@dataclass(frozen=True)
+class ModelSidecar:
+    """A sidecar that fits its model.
+
+    Attributes:
+        scale: root mean square of the precision over everything that is merged; 1 if the sidecar
+            describes nothing of it.
+    """
+
+    sidecar: Sidecar
+    scale: float
+
+    def describes(self, name: str) -> bool:
+        """Whether a tensor of the model was measured."""
+        return name in self.sidecar
+
+
+def open_anew(path: Path, kind: str) -> Sidecar:
+    """Open a sidecar as it is on disk now; the tasks of this merge will read from it.
+
+    Raises:
+        SidecarError: missing, partial or damaged.
+    """
+    sidecar = Sidecar(path, kind)
+    _opened[path, kind] = sidecar
+    return sidecar
+
+
+def reopen(path: Path, kind: str) -> Sidecar:
+    """Return the sidecar that was opened in planning, or open it in a process that did not plan."""
+    return _opened.get((path, kind)) or open_anew(path, kind)
+
+
+def open_all(
+    merged: Sequence[Slot],
+    resolved: Mapping[str, Settings],
+    config: MergeConfiguration,
+    kind: str,
+    files: Files,
+) -> tuple[dict[ModelReference, ModelSidecar], list[str]]:
+    """Open and check the sidecars of all models that count somewhere.
+
+    Args:
+        merged: the merged output tensors, complete.
+        resolved: the settings of each, by name.
+        config: the recipe, in mergekit's normal form.
+        kind: which precision.
+        files: each model's tensors.
+
+    Returns:
+        The sidecars that fit their models, and what is wrong.
+    """
+    given, problems = given_paths(config)
+    opened: dict[ModelReference, ModelSidecar] = {}
+    counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
+    for model in counting:
+        path = given.get(model) or default_location(
+            model.model.path, model.model.revision, snapshot=files[model].folder
+        )
+        # A source that several outputs share is one tensor of the model, and counts once.
+        names = dict.fromkeys(
+            source.tensor.name for s in merged for source in s.sources if source.model == model
+        )
+        found, told = open_checked(model, path, kind, files[model], list(names))
+        problems += told
+        if found is not None:
+            opened[model] = found
+    if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
+        problems += mixed({m: found.sidecar.measurement.settings for m, found in opened.items()})
+    if len(opened) == len(counting):
+        problems += half_measured(merged, resolved, opened)
+    return opened, problems
+
+
+def given_paths(config: MergeConfiguration) -> tuple[dict[ModelReference, Path], list[str]]:
+    """Return the sidecars that the recipe names, and what is wrong with them.
+
+    Args:
+        config: a recipe in mergekit's normal form, in which all models stand in slices.
+    """
+    given: dict[ModelReference, Path] = {}
+    problems = []
+    for module in (config.modules or {}).values():
+        for source in (source for piece in module.slices or () for source in piece.sources):
+            raw = (source.parameters or {}).get("sidecar")
+            if raw is None:
+                continue
+            if not isinstance(raw, str) or not raw:
+                problems.append(
+                    f"sidecar of {source.model}: expected a folder or a .safetensors file, "
+                    f"got {raw!r}."
+                )
+            elif given.setdefault(source.model, Path(raw)) != Path(raw):
+                problems.append(
+                    f"sidecar of {source.model}: {given[source.model]} in one slice, {raw} in "
+                    "another; a model has one sidecar."
+                )
+    return given, list(dict.fromkeys(problems))
+
+
+def open_checked(
+    model: ModelReference,
+    path: Path,
+    kind: str,
+    files: Mapping[str, TensorInfo],
+    names: Sequence[str],
+) -> tuple[ModelSidecar | None, list[str]]:
+    """Open a model's sidecar and check it against the model, without loading a precision.
+
+    Args:
+        model: for messages.
+        path: the sidecar, a folder or one file.
+        kind: which precision.
+        files: the model's tensors.
+        names: those of them that are to be merged.
+
+    Returns:
+        The sidecar, or None if it is of no use; and what is wrong with it.
+    """
+    try:
+        sidecar = open_anew(path, kind)
+    except SidecarMissing as error:
+        return None, [f"{model}: {error.message} {MEASURE}"]
+    except SidecarError as error:
+        return None, [f"{model}: {error.message} {MEASURE_AGAIN}"]
+    measured = [name for name in names if name in sidecar]
+    unmeasured = sidecar.measurement.unmeasured
+    unknown = [name for name in names if name not in sidecar and name not in unmeasured]
+    foreign = sidecar.foreign(files, measured)
+    sums = {name: sidecar.sum_of_squares(name) for name in measured}
+    impossible = [name for name, value in sums.items() if not (0 <= value < math.inf)]
+    problems = []
+    if foreign:
+        problems.append(
+            f"{model}: the sidecar {path} was measured on other weights (digest of {foreign[0]} "
+            f"differs{_more(foreign)}). {MEASURE_AGAIN}"
+        )
+    if unknown:
+        problems.append(
+            f"{model}: the sidecar {path} is partial: it says nothing of {unknown[0]}"
+            f"{_more(unknown)}. {MEASURE_AGAIN}"
+        )
+    if impossible:
+        problems.append(
+            f"{model}: the sidecar {path} is corrupt: the sum of squares of {impossible[0]} is "
+            f"{sums[impossible[0]]}{_more(impossible)}. {MEASURE_AGAIN}"
+        )
+    elif measured and not any(sums.values()):
+        problems.append(
+            f"{model}: the {kind} in the sidecar {path} is zero in all {len(measured)} merged "
+            "tensors, so the model is sure of nothing. Look at its calibration data, then "
+            f"measure again. {MEASURE_AGAIN}"
+        )
+    if problems:
+        return None, problems
+    count = sum(sidecar[name].count for name in measured)
+    total = math.fsum(sums.values())
+    return ModelSidecar(sidecar, root_mean_square(total, count) if measured else 1.0), []
+
+
+def mixed(settings: Mapping[ModelReference, header.Settings]) -> list[str]:
+    """Say in which respect the models were measured differently, if in any."""
+    problems = []
+    for key in COMPARABLE:
+        values = {str(model): getattr(s, key) for model, s in settings.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value} for {model}" for model, value in values.items())
+            problems.append(
+                f"the models were measured with different {key}: {listed}. Such precisions differ "
+                f"in scale or meaning. Measure alike ({MEASURE_AGAIN}), or insist with "
+                "`allow_mixed: true` under `parameters:`."
+            )
+    return problems
+
+
+def half_measured(
+    merged: Sequence[Slot],
+    resolved: Mapping[str, Settings],
+    opened: Mapping[ModelReference, ModelSidecar],
+) -> list[str]:
+    """Say which tensors are a parameter of one model and none of another, if any."""
+    problems = []
+    for slot in merged:
+        parts = [slot.sources[i] for i in resolved[slot.name].counting]
+        having = [s for s in parts if opened[s.model].describes(s.tensor.name)]
+        lacking = [s for s in parts if s not in having]
+        if having and lacking:
+            problems.append(
+                f"{slot.name} was measured in {having[0].model}, but in {lacking[0].model} it is "
+                "no parameter and was not. Keep it out with `exclude:`."
+            )
+    return problems
+
+
+def _more(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
