@@ -1,18 +1,19 @@
 """The start-up hook: plain mergekit learns our merge methods, and nothing else notices.
 
-Two small files in site-packages, `fisher_mergekit.pth` and (PEP 829, Python 3.15)
-`fisher_mergekit.start`, call `start()` whenever Python starts. It puts a finder on
+Two small files in site-packages are read whenever Python starts. `fisher_mergekit.pth` leaves a
+placeholder on `sys.meta_path` that calls `start()` at the first import of mergekit;
+`fisher_mergekit.start` (PEP 829, Python 3.15) calls `start()` straight away. It puts a finder on
 `sys.meta_path` that waits for two modules of mergekit and acts once each has been executed:
 
     mergekit.merge_methods   ->  fisher_mergekit.merging.install.register()
     mergekit.plan            ->  fisher_mergekit.merging.install.patch()
 
 Two events, because `mergekit.plan` imports `mergekit.merge_methods` at its top: when the first is
-complete, the second may be half imported. Afterwards the finder is gone.
+complete, the second may be half imported. Afterwards both finders are gone.
 
-A Python that never imports mergekit pays for two tiny modules and one dictionary look-up per
-import. A failure of ours never disturbs mergekit: it is kept, and raised only when somebody asks
-for one of our methods.
+A Python that never imports mergekit loads nothing of ours (from 3.15 on, two tiny modules). A
+failure of ours never disturbs mergekit: it is kept, and raised only when somebody asks for one of
+our methods.
 
 Set `FISHER_MERGEKIT_DISABLE=1` in the environment to switch the hook off; our methods are then
 unknown to mergekit. Where start-up files are not read (a package found through `PYTHONPATH`,
@@ -42,15 +43,18 @@ ACTIONS = {"mergekit.merge_methods": "register", "mergekit.plan": "patch"}
 _watcher: "Watcher | None" = None
 
 
-def start() -> None:
+def start(placeholder: object = None) -> None:
     """Begin to wait for mergekit, or act at once where it is already imported.
 
-    Safe to call any number of times (Python 3.15 may read both start-up files); never raises.
+    Safe to call any number of times (both start-up files may be read); never raises.
+
+    Args:
+        placeholder: the finder that the `.pth` file left, to be removed with our own.
     """
     global _watcher
     if _watcher is not None or os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
         return
-    _watcher = Watcher()
+    _watcher = Watcher(placeholder)
     _watcher.install()
 
 
@@ -58,11 +62,13 @@ class Watcher:
     """A finder that lets the others find mergekit's modules, and acts after they are executed.
 
     Attributes:
+        placeholder: the `.pth` file's finder, or None.
         awaited: modules that have not been executed yet.
         failure: the first exception of ours, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, placeholder: object = None) -> None:
+        self.placeholder = placeholder
         self.awaited = list(ACTIONS)
         self.failure: Exception | None = None
         self._finding: set[tuple[str, int]] = set()
@@ -128,8 +134,10 @@ class Watcher:
                 self._act(self._events.pop(0))
         finally:
             self._acting = False
-        if (not self.awaited or self.failure is not None) and self in sys.meta_path:
-            sys.meta_path.remove(self)
+        if not self.awaited or self.failure is not None:
+            # Here and not while a finder is asked: Python is not iterating over the list now.
+            ours = (self, self.placeholder)
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in ours]
 
     def _act(self, name: str) -> None:
         try:

@@ -184,9 +184,11 @@ def test_plain_mergekit_yaml_reaches_our_planning(installed: Installation, tmp_p
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_start_of_python_imports_two_small_modules_of_ours(installed: Installation) -> None:
-    after = installed.environment.modules_at_start()
-    assert after - installed.modules_before == {"fisher_mergekit", "fisher_mergekit.startup"}
+def test_a_start_of_python_loads_nothing_of_ours(installed: Installation) -> None:
+    # With a .start file it is Python 3.15 itself that imports what the file names.
+    ours = {"fisher_mergekit", "fisher_mergekit.startup", "pkgutil"}
+    allowed = ours if sys.version_info >= (3, 15) else set()
+    assert installed.environment.modules_at_start() - installed.modules_before <= allowed
 
 
 def test_the_off_switch_leaves_mergekit_alone(installed: Installation) -> None:

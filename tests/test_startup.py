@@ -113,17 +113,29 @@ def refusal(name: str = "fisher") -> str:
 ADDED = "*sorted(name for name in set(sys.modules) - start if not name.startswith('encodings.'))"
 
 
-def test_a_start_adds_two_modules_and_one_finder(sandbox: Sandbox) -> None:
-    said = sandbox.python(f"print({ADDED}, sys.meta_path[0])")
-    assert said.startswith("fisher_mergekit fisher_mergekit.startup <fisher_mergekit.startup.Watch")
+def test_a_start_loads_nothing_of_ours_and_adds_one_finder(sandbox: Sandbox) -> None:
+    (sandbox.folder / "fisher_mergekit.start").unlink()
+    assert (
+        sandbox.python(f"print({ADDED}, sys.meta_path[0])")
+        == "<class 'fisher_mergekit.Placeholder'>"
+    )
 
 
-def test_the_start_file_names_the_same_function_as_the_pth_file() -> None:
+def test_a_start_by_a_start_file_loads_two_modules(sandbox: Sandbox) -> None:
+    (sandbox.folder / "fisher_mergekit.pth").unlink()
+    entry = (sandbox.folder / "fisher_mergekit.start").read_text().strip()
+    module, function = entry.split(":")
+    said = sandbox.python(f"from {module} import {function} as f; f(); print({ADDED})")
+    assert said == "fisher_mergekit fisher_mergekit.startup"
+
+
+def test_both_files_lead_to_the_same_function() -> None:
     lines = (PACKAGE / "startup_files/fisher_mergekit.start").read_text().splitlines()
     assert [pkgutil.resolve_name(line) for line in lines] == [startup.start]
-    (line,) = (PACKAGE / "startup_files/fisher_mergekit.pth").read_text().splitlines()
-    assert line.startswith("import ")
-    assert "fisher_mergekit.startup" in line
+    lines = (PACKAGE / "startup_files/fisher_mergekit.pth").read_text().splitlines()
+    (code,) = (line for line in lines if not line.startswith("#"))
+    assert code.startswith("import ")
+    assert f"from {startup.__name__} import {startup.start.__name__}" in code
 
 
 def test_each_action_runs_once_its_own_module_is_complete(sandbox: Sandbox) -> None:
@@ -144,9 +156,10 @@ def test_mergekits_modules_stay_ordinary_and_the_finder_leaves(sandbox: Sandbox)
             assert type(loader).__name__ == "SourceFileLoader", loader
             assert "exec_module" not in vars(loader)
             assert "COMPLETE = True" in inspect.getsource(module)
-        print(any("fisher" in type(finder).__module__ for finder in sys.meta_path))
+        print(*(f"{finder} {type(finder)}" for finder in sys.meta_path))
     """)
-    assert said == "False"
+    assert "PathFinder" in said
+    assert "fisher_mergekit" not in said
 
 
 @pytest.mark.parametrize("module", ["mergekit.merge_methods", "mergekit.plan"])
@@ -249,8 +262,8 @@ def test_a_mergekit_inside_a_zip_file_whose_modules_share_one_loader(sandbox: Sa
 def test_the_off_switch_leaves_mergekit_alone(sandbox: Sandbox) -> None:
     off = {startup.OFF_SWITCH: "1"}
     assert sandbox.python(refusal(), **off) == "RuntimeError | Unimplemented merge method fisher"
-    said = sandbox.python(f"print({ADDED})\nimport mergekit.plan", **off)
-    assert said == "fisher_mergekit fisher_mergekit.startup"
+    said = sandbox.python(f"import mergekit.plan\nprint({ADDED})", **off)
+    assert "merging" not in said
     assert sandbox.python(refusal(), **{startup.OFF_SWITCH: "0"}) == "our method"
 
 
