@@ -41,7 +41,9 @@ class Environment:
 
     def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command with this environment's interpreter, outside the repository."""
-        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", startup.OFF_SWITCH)}
+        # __pycache__ is wanted: it is the one thing of ours that no installer has written.
+        unwanted = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", startup.OFF_SWITCH)
+        clean = {k: v for k, v in os.environ.items() if k not in unwanted}
         return subprocess.run(
             [self.interpreter, *command],
             env={**clean, "HF_HUB_OFFLINE": "1", **environment},

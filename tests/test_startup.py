@@ -308,6 +308,20 @@ def test_a_failure_of_ours_is_told_at_the_use_of_our_methods_only(
     )
 
 
+def test_nothing_is_patched_after_a_failed_registration(sandbox: Sandbox) -> None:
+    (sandbox.folder / "fisher_mergekit.pth").unlink()
+    (sandbox.folder / "fisher_mergekit.start").unlink()
+    install = sandbox.folder / "fisher_mergekit/merging/install.py"
+    install.write_text("def register():\n    raise OSError\ndef patch():\n    print('patched')\n")
+    said = sandbox.python("""
+        import mergekit.plan
+        from fisher_mergekit.startup import start
+        start()
+        print("started")
+    """)
+    assert said == "started"
+
+
 def test_an_error_that_is_already_ours_is_told_in_its_own_words_each_time(
     sandbox: Sandbox,
 ) -> None:
