@@ -6,11 +6,17 @@ Subcommands are imported when they are called, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import click
 
 from fisher_mergekit import __version__
+
+# Libraries draw bars and reports of their own around ours; they read these when first imported.
+# What matters of what they would say, we check and say ourselves.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 SUBCOMMANDS = {
     "precompute": "Measure the models of a recipe and write their sidecars.",
@@ -37,7 +43,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-fisher")
 def main() -> None:
-    """Measure what fine-tuned models are sure of, for merging with mergekit.
+    r"""Measure what fine-tuned models are sure of, for merging with mergekit.
 
     \b
     mergekit-fisher precompute recipe.yml     measure every model of a recipe, once

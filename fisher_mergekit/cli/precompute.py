@@ -101,21 +101,18 @@ def precompute(
     apply_common_options(verbosity, num_threads)
     start = time.perf_counter()
     overrides = _overrides(flags, random_seed)
-    common = {
-        "device": _device(device, cuda),
-        "trust_remote_code": trust_remote_code,
-        "shard_size": out_shard_size,
-    }
     jobs = [
         Job(
-            str(reference),
-            reference.model.revision,
-            _folder(reference, transformers_cache),
-            place,
-            kind or default_kind,
-            calibration,
-            **common,
-        )  # fmt: skip
+            reference=str(reference),
+            revision=reference.model.revision,
+            folder=_folder(reference, transformers_cache),
+            out=place,
+            kind=kind or default_kind,
+            calibration=calibration,
+            device=_device(device, cuda),
+            trust_remote_code=trust_remote_code,
+            shard_size=out_shard_size,
+        )
         for reference, place, default_kind, calibration in _requests(recipe, model, out, overrides)
     ]
     waiting = []
@@ -127,21 +124,36 @@ def precompute(
             click.echo(f"{job.reference}: {job.out} is valid, nothing to measure.")
     _check_all(waiting)
     for job in waiting:
-        with tqdm(desc=f"Measuring {job.reference}", unit="example", disable=quiet) as bar:
-
-            def advance(done: int, total: int, bar: Any = bar) -> None:
-                bar.total = total
-                bar.update(done)
-
-            header = measure(job, advance)
+        with _ProgressBar(f"Measuring {job.reference}", quiet) as progress:
+            header = measure(job, progress)
         if not quiet:
             settings = header.kinds[job.kind].settings
             click.echo(
-                f"{job.reference}: read {settings.examples:,} examples ({settings.tokens:,} tokens), "
-                f"wrote {job.out}"
+                f"{job.reference}: read {settings.examples:,} examples "
+                f"({settings.tokens:,} tokens), wrote {job.out}"
             )
     if not quiet:
         _summary(recipe, jobs, len(waiting), time.perf_counter() - start)
+
+
+class _ProgressBar:
+    """A tqdm bar that appears when the total is known: after the model has been loaded."""
+
+    def __init__(self, title: str, quiet: bool):
+        self._title, self._quiet = title, quiet
+        self._bar: Any = None
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(desc=self._title, total=total, unit="example", disable=self._quiet)
+        self._bar.update(done)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
@@ -195,8 +207,8 @@ def _folder(reference: ModelReference, cache: str | None) -> Path:
     """Return the local files of a model, downloading it from the Hub if need be."""
     if reference.lora is not None:
         raise RecipeError(
-            f"{reference}: adapters cannot be measured yet. Merge the adapter into its model first, "
-            "and name the result."
+            f"{reference}: adapters cannot be measured yet. Merge the adapter into its model "
+            "first, and name the result."
         )
     try:
         return Path(reference.local_path(cache_dir=cache))

@@ -6,13 +6,13 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+import transformers
 
+from fisher_mergekit import __version__
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.encoding import encode, fingerprint
@@ -136,7 +136,6 @@ def precompute(job: Job, progress: Progress = lambda done, total: None) -> Heade
     """
     start = time.perf_counter()
     calibration = job.calibration
-    set_seed(calibration.seed)
     rows = load_rows(calibration)
     subject = load_subject(
         job.folder,
@@ -156,6 +155,7 @@ def precompute(job: Job, progress: Progress = lambda done, total: None) -> Heade
         pad_token_id=subject.pad_token_id,
         device=torch.device(job.device),
     )
+    progress(0, len(examples))
     fishers = session.run(
         examples, calibration.batch_size, lambda count: progress(count, len(examples))
     )
@@ -203,5 +203,9 @@ def _settings(
 
 def versions() -> dict[str, str]:
     """Return the versions of what the numbers depend on."""
-    packages = ("fisher_mergekit", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "fisher_mergekit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

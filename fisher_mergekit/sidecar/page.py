@@ -6,6 +6,8 @@ from fisher_mergekit.sidecar.header import Header, Measurement
 
 KIND_NAMES = {"fisher": "diagonal Fisher information"}
 
+_DATA_FIRST = ("path", "name", "split", "text", "messages", "label")
+
 _PAGE = """\
 ---
 library_name: fisher_mergekit
@@ -63,7 +65,9 @@ def facts(measurement: Measurement) -> dict[str, str]:
     asked = settings.examples_requested
     short = f" (asked for {asked:,})" if asked and asked > settings.examples else ""
     data = ", ".join(
-        f"{key} `{value}`" for key, value in measurement.calibration.items() if value is not None
+        f"{key} `{value}`"
+        for key in (*_DATA_FIRST, *sorted(measurement.calibration.keys() - set(_DATA_FIRST)))
+        if (value := measurement.calibration.get(key)) not in (None, False)
     )
     lines = {
         "calibration": data,

@@ -81,6 +81,10 @@ def write_sidecar(
             for stale in folder.glob(f"{kind}*.safetensors*"):
                 if not stale.name.endswith(PARTIAL):
                     stale.unlink()
+            # safetensors makes files that only their owner can read; a sidecar is there to share.
+            mode = partials(HEADER_NAME).stat().st_mode
+            for name in new:
+                partials(name).chmod(mode)
             for name in sorted(new, key=lambda name: name == HEADER_NAME):
                 os.replace(partials(name), folder / name)
         return header
