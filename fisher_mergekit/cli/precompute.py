@@ -191,9 +191,8 @@ def _requests(
         raise RecipeError("--out is the folder of one sidecar: name the model too, --model MODEL.")
     requests = []
     for entry in chosen:
-        place = out or entry.sidecar
-        if place is None:
-            place = default_location(entry.reference.model.path, entry.reference.model.revision)
+        path = entry.reference.model
+        place = out or entry.sidecar or default_location(path.path, path.revision)
         if place.suffix == ".safetensors":
             place = place.parent
         calibration = read_calibration(

@@ -101,7 +101,8 @@ def _first(data: Any, count: int, calibration: Calibration) -> list[dict[str, An
 
 
 def _head(data: Any, count: int) -> Iterable[dict[str, Any]]:
-    return data.select(range(min(count, len(data))))
+    head: Iterable[dict[str, Any]] = data.select(range(min(count, len(data))))
+    return head
 
 
 def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Row:

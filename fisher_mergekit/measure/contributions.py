@@ -107,7 +107,7 @@ def _add_scatter(total_vd: Tensor, scatter: Scatter) -> None:
 def _add_products(
     total_oi: Tensor, rows_bto: Tensor, cols_bti: Tensor, scatter: Scatter | None
 ) -> None:
-    """One product an example and block of rows; the block of `total_oi` stays in cache for all b."""
+    """One product an example and block of rows; a block of `total_oi` stays in cache for all b."""
     out, width = total_oi.shape
     height = max(1, min(out, CACHE_ELEMENTS // width))
     buffer = total_oi.new_empty(height, width)

@@ -17,7 +17,8 @@ from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.encoding import encode, fingerprint
 from fisher_mergekit.measure.estimators import estimator_for
-from fisher_mergekit.measure.likelihoods import Likelihood, likelihood_for
+from fisher_mergekit.measure.likelihoods import likelihood_for
+from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.session import Session
 from fisher_mergekit.measure.subject import Subject, architecture_of, load_subject
 from fisher_mergekit.recipe import Calibration

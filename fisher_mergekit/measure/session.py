@@ -81,8 +81,8 @@ class Session:
         for name, parameter in self.model.named_parameters():
             if not totals[parameter].div_(len(examples)).isfinite().all():
                 raise MeasureError(
-                    f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure in "
-                    "float32 (`dtype: float32`)."
+                    f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure "
+                    "in float32 (`dtype: float32`)."
                 )
         return totals
 

@@ -48,13 +48,13 @@ class Subject:
     @property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
-        config: PretrainedConfig = self.model.config  # type: ignore[assignment]
+        config: PretrainedConfig = self.model.config
         return config
 
     @property
     def pad_token_id(self) -> int:
         """Any id to pad with; padding is masked."""
-        return int(self.config.pad_token_id)  # type: ignore[arg-type]
+        return int(self.config.pad_token_id)
 
     def weight_records(self) -> dict[str, WeightRecord]:
         """Return the identity of every measured tensor, as it is in the files."""

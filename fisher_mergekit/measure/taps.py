@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, add_squares
-from fisher_mergekit.measure.layers import Layer, layer_for
-from fisher_mergekit.measure.layers.base import own_parameters
+from fisher_mergekit.measure.layers import layer_for
+from fisher_mergekit.measure.layers.base import Layer, own_parameters
 
 LOG = logging.getLogger(__name__)
 
@@ -38,6 +38,11 @@ class _TappedLayer:
     rule: Layer
     parameters: dict[str, nn.Parameter]
     calls: int = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's own forward, whatever stands in its place meanwhile."""
+        y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+        return y
 
 
 @dataclass
@@ -124,7 +129,7 @@ class Taps:
             Irregular: the call is not a function of one tensor with the examples first.
         """
         if self._is_loose(layer):
-            return type(layer.module).forward(layer.module, *args, **kwargs)
+            return layer.forward(*args, **kwargs)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise self._irregular(layer, "it is called with more than one tensor")
         x = args[0]
@@ -136,7 +141,8 @@ class Taps:
         layer.calls += 1
         if layer.calls > 1:
             self._shared.update(layer.parameters.values())
-        return _Tap.apply(self._anchor, self, layer, x)
+        y: Tensor = _Tap.apply(self._anchor, self, layer, x)
+        return y
 
     def _is_loose(self, layer: _TappedLayer) -> bool:
         return all(p in self.loose for p in layer.parameters.values())
@@ -179,10 +185,10 @@ class _Tap(torch.autograd.Function):
         # The anchor requires a gradient, so that the output of an embedding does too.
         ctx.taps, ctx.layer = taps, layer
         ctx.save_for_backward(x)
-        return type(layer.module).forward(layer.module, x)
+        return layer.forward(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return None, None, None, ctx.taps.take(ctx.layer, x, gradient)
 

@@ -195,4 +195,5 @@ class Checkpoint(Mapping[str, TensorInfo]):
         info = self._infos[name]
         if info.file not in self._open:
             self._open[info.file] = safe_open(info.file, framework="pt", device=device)
-        return self._open[info.file].get_tensor(name)
+        tensor: torch.Tensor = self._open[info.file].get_tensor(name)
+        return tensor

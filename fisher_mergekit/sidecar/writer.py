@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def _other_kinds(
 
 
 @contextmanager
-def _partial_files(folder: Path) -> Iterator:
+def _partial_files(folder: Path) -> Iterator[Callable[[str], Path]]:
     """Give temporary names inside `folder`, and remove what still bears one at the end."""
     try:
         yield lambda name: folder / (name + PARTIAL)

@@ -33,4 +33,4 @@ ESTIMATORS = tuple(module.name for module in iter_modules(__path__))
 
 def estimator_for(name: str) -> Estimator:
     """Return the estimator of that name."""
-    return import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    return import_module(f"{__name__}.{name}")

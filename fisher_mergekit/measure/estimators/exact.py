@@ -1,6 +1,6 @@
-"""`exact`: the expectation over all classes, E_{y~p(y|x)} (∂ log p / ∂θ)², in C − 1 backward passes.
+"""`exact`: the expectation over all classes, in C − 1 backward passes.
 
-Σ_y p_y (Jᵀ s_y)² equals Σ_k (Jᵀ l_k)² elementwise for any L with LLᵀ = Σ_y p_y s_y s_yᵀ, and the
+E_{y~p(y|x)} (∂ log p / ∂θ)² = Σ_y p_y (Jᵀ s_y)² equals Σ_k (Jᵀ l_k)² elementwise for any L with LLᵀ = Σ_y p_y s_y s_yᵀ, and the
 likelihood's factor L has one column fewer than there are classes.
 """
 

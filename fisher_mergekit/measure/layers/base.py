@@ -30,7 +30,7 @@ class Layer(ABC):
 
     @abstractmethod
     def backward(
-        self, module: nn.Module, x: Tensor, gradient: Tensor
+        self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
         """Take one batch's tap apart.
 

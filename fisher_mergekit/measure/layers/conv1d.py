@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
@@ -17,7 +19,7 @@ class Conv1D(Layer):
         return type(module) is TransformersConv1D
 
     def backward(
-        self, module: nn.Module, x: Tensor, gradient: Tensor
+        self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
         cols = tokens(gradient)
         return gradient @ module.weight.T, {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Scatter
@@ -21,7 +23,7 @@ class Embedding(Layer):
         )
 
     def backward(
-        self, module: nn.Module, x: Tensor, gradient: Tensor
+        self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
         values = gradient.float()
         if module.padding_idx is not None:

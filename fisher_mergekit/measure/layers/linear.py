@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Product, Vector
@@ -16,7 +18,7 @@ class Linear(Layer):
         return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
     def backward(
-        self, module: nn.Module, x: Tensor, gradient: Tensor
+        self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
         rows = tokens(gradient)
         contributions: dict[str, Contribution] = {"weight": Product(rows, tokens(x))}

@@ -7,6 +7,8 @@ one copy an example, and autograd gives every example its own gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -31,7 +33,7 @@ class Scale(Layer):
         )
 
     def backward(
-        self, module: nn.Module, x: Tensor, gradient: Tensor
+        self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
         own = own_parameters(module)
         axes = (x.shape[0], *[1] * (x.dim() - 2), -1)

@@ -1,4 +1,4 @@
-"""One file a head: what log p(y|x) is for a classifier, a causal LM, …
+"""One file a head: what log p(y|x) is for a classifier, for a causal LM.
 
 To add one, write a file here with a subclass of `Likelihood`; it is found by itself.
 """

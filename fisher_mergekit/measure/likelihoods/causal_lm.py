@@ -1,6 +1,6 @@
-"""A causal LM: log p(x) = Σ_t log p(x_t | x_<t) over the second to the last token, logits `[b, t, v]`.
+"""A causal LM: log p(x) = Σ_t log p(x_t | x_<t) over the second to the last token.
 
-Position t of the logits predicts token t + 1. Padding, and the prompt if it is masked, is not
+Logits are `[b, t, v]`. Position t of the logits predicts token t + 1. Padding, and the prompt if it is masked, is not
 scored. An outcome is one token a position, `[b, t − 1]`. Drawing each from the model given the true
 prefix makes the cross terms between positions vanish in expectation: the squared sequence gradient
 of a sampled outcome is then an unbiased estimate of the sum of token-level Fishers.
@@ -62,6 +62,7 @@ class CausalLM(Likelihood):
 
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
         raise MeasureError(
-            f"the exact estimator would need one backward pass for each of the {logits.shape[-1]:,} "
-            "tokens of the vocabulary. Use `estimator: sampled`, which is unbiased and needs one."
+            "the exact estimator would need one backward pass for each of the "
+            f"{logits.shape[-1]:,} tokens of the vocabulary. Use `estimator: sampled`, which is "
+            "unbiased and needs one."
         )
