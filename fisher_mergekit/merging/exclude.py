@@ -41,10 +41,10 @@ def advice(
     added = shortest_patterns(offenders, names)
     also = [name for name in names if name not in offenders and is_excluded(name, added)]
     also = [name for name in also if not is_excluded(name, present)]
-    line = f"exclude: [{', '.join(dict.fromkeys([*present, *added]))}]"
-    base = "" if has_base else " and, at the top, `base_model:` with the model to take them from"
-    extra = f" (which takes {', '.join(also)} too)" if also else ""
-    return f"To keep base_model's own, write under `parameters:`  {line}{base}{extra}."
+    line = f"`exclude: [{', '.join(dict.fromkeys([*present, *added]))}]`"
+    extra = f" (it takes {', '.join(also)} too)" if also else ""
+    base = "" if has_base else ", and at the top `base_model:` with the model to take them from"
+    return f"To keep base_model's own, write under `parameters:` the line {line}{extra}{base}."
 
 
 def shortest_patterns(offenders: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -64,6 +64,8 @@ def solve(
         A new tensor, float32 (float64 if any theta is).
     """
     lambdas = relative(lambdas)
+    if floor < torch.finfo(torch.float32).tiny:
+        floor = 0.0  # it would vanish below, unnoticed
     total = math.fsum(lambdas)
     present = [i for i, value in enumerate(lambdas) if value > 0 or (i == favor and floor > 0)]
     if not normalize:

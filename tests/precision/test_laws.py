@@ -1,0 +1,183 @@
+"""Laws of the diagonal precisions, for any numbers that a merge can meet."""
+
+import math
+
+import merge_oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fisher_mergekit.precision import fisher, identity
+from fisher_mergekit.precision.diagonal import relative, weighted_mean
+
+SIZE = 5
+COUNT = st.shared(st.integers(1, 4), key="models")
+
+finite = st.floats(-1e4, 1e4, width=32)
+scales = st.floats(1e-18, 1e3)
+# Fishers as they come: many orders of magnitude, and exact zeros.
+fisher_values = st.one_of(st.just(0.0), st.floats(2**-60, 2**20, width=32))
+
+
+def lists(values, count=SIZE):
+    return st.lists(values, min_size=count, max_size=count)
+
+
+def per_model(values):
+    return COUNT.flatmap(lambda n: lists(values, n))
+
+
+@st.composite
+def problems(draw):
+    """Draw thetas, Fishers, positive lambdas and scales of one to four models."""
+    thetas = [torch.tensor(x) for x in draw(per_model(lists(finite)))]
+    fishers = [torch.tensor(x) for x in draw(per_model(lists(fisher_values)))]
+    lambdas = draw(per_model(st.floats(1e-3, 1e3)))
+    sizes = draw(per_model(scales))
+    return thetas, fishers, lambdas, sizes
+
+
+def close(found, expected, thetas):
+    """Compare relative to the largest input: differences of thetas cancel no better than that."""
+    largest = max(float(theta.abs().max()) for theta in thetas)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5 * largest)
+
+
+@given(problems(), st.floats(1e-9, 1e-1))
+def test_definition(problem, floor):
+    thetas, fishers, lambdas, sizes = problem
+    expected = merge_oracle.merge_tensor(thetas, fishers, lambdas, sizes, floor=floor)
+    close(fisher.solve(*problem, floor=floor), expected, thetas)
+
+
+@given(problems(), st.floats(1e-9, 1e-1), st.data())
+def test_definition_with_a_favored_model(problem, floor, data):
+    thetas, fishers, lambdas, sizes = problem
+    favor = data.draw(st.integers(0, len(thetas) - 1))
+    expected = merge_oracle.merge_tensor(thetas, fishers, lambdas, sizes, floor=floor, favor=favor)
+    close(fisher.solve(*problem, floor=floor, favor=favor), expected, thetas)
+
+
+@given(problems(), st.floats(0, 1))
+def test_result_lies_between_the_inputs(problem, floor):
+    thetas = torch.stack(problem[0])
+    slack = 1e-5 * float(thetas.abs().max())
+    merged = fisher.solve(*problem, floor=floor)
+    assert bool((merged >= thetas.amin(0) - slack).all())
+    assert bool((merged <= thetas.amax(0) + slack).all())
+
+
+@given(problems(), st.floats(0, 1))
+def test_equal_thetas_come_back_unchanged(problem, floor):
+    thetas, *rest = problem
+    same = [thetas[0]] * len(thetas)
+    assert torch.equal(fisher.solve(same, *rest, floor=floor), thetas[0])
+    assert torch.equal(identity.solve(same, rest[1]), thetas[0])
+
+
+@given(problems(), st.floats(0, 1))
+def test_equal_precisions_give_the_isotropic_merge(problem, floor):
+    thetas, fishers, lambdas, sizes = problem
+    n = len(thetas)
+    merged = fisher.solve(thetas, [fishers[0]] * n, lambdas, [sizes[0]] * n, floor=floor)
+    close(merged, identity.solve(thetas, lambdas), thetas)
+
+
+@given(problems(), st.sampled_from([0.0, 1e-6, 1e-2]), st.floats(1e-200, 1e200))
+def test_scaling_all_lambdas_changes_nothing(problem, floor, factor):
+    thetas, fishers, lambdas, sizes = problem
+    scaled = [value * factor for value in lambdas]
+    once = fisher.solve(thetas, fishers, lambdas, sizes, floor=floor)
+    close(fisher.solve(thetas, fishers, scaled, sizes, floor=floor), once, thetas)
+    close(identity.solve(thetas, scaled), identity.solve(thetas, lambdas), thetas)
+
+
+@given(problems(), st.floats(1e-6, 1e6))
+def test_scaling_a_fisher_with_its_scale_changes_nothing(problem, factor):
+    thetas, fishers, lambdas, sizes = problem
+    scaled = [fishers[0].mul(factor), *fishers[1:]]
+    once = fisher.solve(*problem)
+    close(
+        fisher.solve(thetas, scaled, lambdas, [sizes[0] * factor, *sizes[1:]]),
+        once,
+        thetas,
+    )
+
+
+@given(problems(), st.sampled_from([0.0, 1e-6]), st.randoms())
+def test_order_changes_nothing(problem, floor, random):
+    thetas, *_ = problem
+    order = list(range(len(thetas)))
+    random.shuffle(order)
+    shuffled = [[values[i] for i in order] for values in problem]
+    close(fisher.solve(*shuffled, floor=floor), fisher.solve(*problem, floor=floor), thetas)
+
+
+@given(problems(), st.sampled_from([0.0, 1e-6]), st.booleans())
+def test_lambda_zero_removes_a_model(problem, floor, normalize):
+    thetas, fishers, lambdas, sizes = problem
+    options = {"floor": floor, "normalize": normalize}
+    nan = torch.full((SIZE,), math.nan)
+    merged = fisher.solve(
+        [*thetas, nan], [*fishers, nan], [*lambdas, 0.0], [*sizes, math.nan], **options
+    )
+    assert torch.equal(merged, fisher.solve(*problem, **options))
+
+
+@given(problems(), st.sampled_from([0.0, 1e-6, 1.0]))
+def test_where_nobody_knows_anything_the_lambdas_decide(problem, floor):
+    thetas, fishers, lambdas, sizes = problem
+    zeros = [torch.zeros_like(f) for f in fishers]
+    close(
+        fisher.solve(thetas, zeros, lambdas, sizes, floor=floor),
+        identity.solve(thetas, lambdas),
+        thetas,
+    )
+
+
+@given(problems())
+def test_one_common_scale_is_as_good_as_another(problem):
+    """Without normalisation only the floor sees the scale."""
+    thetas, fishers, lambdas, sizes = problem
+    unscaled = [1.0] * len(thetas)
+    expected = merge_oracle.merge_tensor(
+        thetas, [f + 2**-60 for f in fishers], lambdas, unscaled, floor=0
+    )
+    plain = fisher.solve(
+        thetas, [f + 2**-60 for f in fishers], lambdas, sizes, normalize=False, floor=0
+    )
+    close(plain, expected, thetas)
+
+
+@settings(max_examples=30)
+@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_low_precision_inputs_are_merged_in_float32(problem, dtype):
+    thetas, *rest = problem
+    low = [theta.clamp(-6e4, 6e4).to(dtype) for theta in thetas]
+    merged = fisher.solve(low, *rest)
+    assert merged.dtype == torch.float32
+    assert torch.equal(merged, fisher.solve([theta.float() for theta in low], *rest))
+
+
+def test_inputs_are_not_written_to():
+    thetas = [torch.ones(3), torch.zeros(3)]
+    fishers = [torch.full((3,), 2.0), torch.ones(3)]
+    before = [t.clone() for t in (*thetas, *fishers)]
+    fisher.solve(thetas, fishers, [1, 2], [1, 1])
+    assert all(map(torch.equal, before, (*thetas, *fishers)))
+
+
+def test_float64_stays_float64():
+    thetas = [torch.ones(1, dtype=torch.float64), torch.zeros(1)]
+    merged = fisher.solve(thetas, [torch.ones(1)] * 2, [1, 1], [1, 1])
+    assert merged.dtype == torch.float64
+
+
+@pytest.mark.parametrize("lambdas", [[1e300, 1e300], [1e-300, 1e-300], [1, 1]])
+def test_relative(lambdas):
+    assert relative(lambdas) == [1, 1]
+
+
+def test_weighted_mean_says_nan_where_nothing_counts():
+    assert weighted_mean([torch.ones(1)], [torch.zeros(1)]).isnan().all()
