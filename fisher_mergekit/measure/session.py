@@ -57,6 +57,11 @@ class Session:
         self.model.eval().requires_grad_(False)
         self._taps = Taps(self.model)
 
+    @property
+    def loose(self) -> tuple[str, ...]:
+        """Names of the parameters that are measured one example at a time."""
+        return tuple(self._taps.loose.values())
+
     def run(
         self,
         examples: Sequence[Example],

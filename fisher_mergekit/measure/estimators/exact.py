@@ -1,7 +1,7 @@
 """`exact`: the expectation over all classes, in C − 1 backward passes.
 
-E_{y~p(y|x)} (∂ log p / ∂θ)² = Σ_y p_y (Jᵀ s_y)² equals Σ_k (Jᵀ l_k)² elementwise for any L with LLᵀ = Σ_y p_y s_y s_yᵀ, and the
-likelihood's factor L has one column fewer than there are classes.
+E_{y~p(y|x)} (∂ log p / ∂θ)² = Σ_y p_y (Jᵀ s_y)², and that equals Σ_k (Jᵀ l_k)² elementwise for any
+L with LLᵀ = Σ_y p_y s_y s_yᵀ. The likelihood's factor has one column fewer than it has classes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A causal LM: log p(x) = Σ_t log p(x_t | x_<t) over the second to the last token.
 
-Logits are `[b, t, v]`. Position t of the logits predicts token t + 1. Padding, and the prompt if it is masked, is not
-scored. An outcome is one token a position, `[b, t − 1]`. Drawing each from the model given the true
-prefix makes the cross terms between positions vanish in expectation: the squared sequence gradient
-of a sampled outcome is then an unbiased estimate of the sum of token-level Fishers.
+Logits are `[b, t, v]`; position t predicts token t + 1. Padding, and the prompt if it is masked, is
+not scored. An outcome is one token a position, `[b, t − 1]`. Drawing each from the model given the
+true prefix makes the cross terms between positions vanish in expectation: the squared sequence
+gradient of a sampled outcome is then an unbiased estimate of the sum of token-level Fishers.
 """
 
 from __future__ import annotations
