@@ -74,6 +74,8 @@ def _load_dataset(calibration: Calibration) -> Any:
             raise CalibrationError(f"calibration data {path} does not exist.")
         if Path(path).suffix.lower() == ".tsv":
             options["sep"] = "\t"
+        if builder == "text":
+            options["sample_by"] = "paragraph"  # a line may be empty; what it parts is not
         path, options["data_files"] = builder, path
     else:
         options |= {"name": calibration.name, "data_files": calibration.data_files}
