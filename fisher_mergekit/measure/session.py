@@ -8,13 +8,14 @@
 
 Before the first batch the rules are *verified*: three examples of different lengths, padded
 together, against plain autograd on each of them alone and unpadded, for every parameter. A
-parameter whose rule disagrees is not measured wrongly but slowly, by that same plain autograd.
+parameter whose rule disagrees, fails, or was not reached by these three examples is not measured
+wrongly but slowly, by that same plain autograd.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,26 +93,44 @@ class Session:
         return totals
 
     def verify(self, examples: Sequence[Example]) -> None:
-        """Compare every rule with plain autograd on single examples; loosen those that differ."""
+        """Compare batches and rules with plain autograd on single examples; loosen what differs."""
         batch = collate(_spread(examples, 3), self.pad_token_id).to(self.device)
+        logits, seed = self._verified_pass(batch)
         totals = self._taps.totals
         truth = {p: torch.zeros_like(total) for p, total in totals.items()}
-        logits = self._tapped_logits(batch)
-        seed = self._seeds(logits, batch)[0]
-        self._taps.backward(logits, seed, keep_graph=False)
+        tolerance, rounding = TOLERANCE[logits.dtype], 50 * torch.finfo(logits.dtype).eps
         with _requiring_grad(truth):
-            for single, single_seed in _rows(batch, seed):
-                add_single_squares(
-                    truth, truth, self._logits(single), single_seed, keep_graph=False
-                )
-        noise = _noise(truth, logits.dtype)
-        tolerance = TOLERANCE[logits.dtype]
+            for index in range(len(batch)):
+                alone = self._logits(batch.single(index))
+                add_single_squares(truth, truth, alone, _row(seed, batch, index), keep_graph=False)
+                if _differ(_row(logits, batch, index), alone, tolerance, rounding):
+                    self._loosen_all("padding, or what else is in a batch, moves its predictions")
+        # Some gradients are zero on paper (an attention's key bias shifts every score alike), and
+        # then two right computations have nothing in common: squared rounding is no difference.
+        noise = max(_rms(square) for square in truth.values()) * rounding**2
         for name, parameter in self.model.named_parameters():
-            error = _rms(totals[parameter] - truth[parameter])
-            if error > max(tolerance * _rms(truth[parameter]), noise):
+            if _differ(totals[parameter], truth[parameter], tolerance, noise):
                 self._taps.loosen(parameter, name, "its layer's rule does not hold in this model")
         for total in totals.values():
             total.zero_()
+
+    def _verified_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Add one seed's squares of one batch by the rules; return the logits and the seed."""
+        while True:
+            logits = self._tapped_logits(batch)
+            seed = self._seeds(logits, batch)[0]
+            try:
+                self._taps.backward(logits, seed, keep_graph=False)
+            except Irregular:
+                for total in self._taps.totals.values():
+                    total.zero_()
+            else:
+                self._taps.seal()
+                return logits.detach(), seed
+
+    def _loosen_all(self, reason: str) -> None:
+        for name, parameter in self.model.named_parameters():
+            self._taps.loosen(parameter, name, reason)
 
     def _add_batch(self, batch: Batch) -> None:
         """Add the squares of one batch to the totals."""
@@ -165,22 +184,14 @@ def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def _noise(squares: dict[nn.Parameter, Tensor], dtype: torch.dtype) -> float:
-    """Return the size of a squared gradient that is rounding alone.
-
-    Some gradients are zero on paper (an attention's key bias shifts every score alike), and then
-    two right computations have nothing in common.
-    """
-    largest = max(_rms(square) for square in squares.values())
-    return largest * (50 * torch.finfo(dtype).eps) ** 2
+def _differ(found: Tensor, expected: Tensor, tolerance: float, noise: float) -> bool:
+    return _rms(found - expected) > max(tolerance * _rms(expected), noise)
 
 
-def _rows(batch: Batch, seed: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield each example alone, with its part of the seed, without padding."""
-    for index, length in enumerate(batch.lengths):
-        row = seed[index : index + 1]
-        per_token = row.dim() > 2
-        yield batch.single(index), row[:, :length] if per_token else row
+def _row(x: Tensor, batch: Batch, index: int) -> Tensor:
+    """Return one example's part of logits or a seed, `[1, …]` without padding."""
+    row = x[index : index + 1]
+    return row[:, : batch.lengths[index]] if row.dim() > 2 else row
 
 
 class _requiring_grad:

@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Irregular(Exception):
-    """A layer was called in a way that its rule does not cover; its parameters need the loop."""
+    """A layer was used in a way that its rule does not cover; its parameters are loose now."""
 
 
 @dataclass
@@ -38,6 +38,7 @@ class _TappedLayer:
     rule: Layer
     parameters: dict[str, nn.Parameter]
     calls: int = 0
+    verified: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own forward, whatever stands in its place meanwhile."""
@@ -67,6 +68,7 @@ class Taps:
         self._shared: set[nn.Parameter] = set()
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
         self._batch_size = 0
+        self._sealed = False
         self._anchor: Tensor | None = None
         owners: dict[nn.Parameter, int] = {}
         for name, module in self.model.named_modules():
@@ -89,6 +91,15 @@ class Taps:
         if parameter not in self.loose:
             LOG.warning("%s is measured one example at a time: %s.", name, reason)
             self.loose[parameter] = name
+
+    def seal(self) -> None:
+        """Trust from now on the layers that the last forward pass reached, and no others.
+
+        A layer that is reached later for the first time has not been compared with plain autograd.
+        """
+        for layer in self._layers:
+            layer.verified = layer.calls > 0
+        self._sealed = True
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -114,8 +125,14 @@ class Taps:
             layer.calls = 0
 
     def backward(self, logits: Tensor, seed: Tensor, *, keep_graph: bool) -> None:
-        """Run one backward pass from `seed`, adding every parameter's squares to the totals."""
+        """Run one backward pass from `seed`, adding every parameter's squares to the totals.
+
+        Raises:
+            Irregular: a rule failed, before the taps were sealed. The totals are half-written.
+        """
         assert self._anchor is not None
+        if not logits.requires_grad:
+            return  # no layer with a rule took part
         self._pending.clear()
         torch.autograd.grad(logits, self._anchor, seed, retain_graph=keep_graph, allow_unused=True)
         for parameter, contributions in self._pending.items():
@@ -138,6 +155,8 @@ class Taps:
             x = x.expand(self._batch_size, *x.shape[1:])
         if x.dim() < 2 or len(x) != self._batch_size:
             raise self._irregular(layer, f"its input {list(x.shape)} has no axis of examples")
+        if self._sealed and not layer.verified:
+            raise self._irregular(layer, "none of the examples used for verification reached it")
         layer.calls += 1
         if layer.calls > 1:
             self._shared.update(layer.parameters.values())
@@ -154,7 +173,12 @@ class Taps:
 
     def take(self, layer: _TappedLayer, x: Tensor, gradient: Tensor) -> Tensor | None:
         """Receive one tap; return the gradient with respect to the layer's input."""
-        x_gradient, contributions = layer.rule.backward(layer.module, x, gradient)
+        try:
+            x_gradient, contributions = layer.rule.backward(layer.module, x, gradient)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if self._sealed or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._irregular(layer, f"its rule fails ({error})") from error
         for short, contribution in contributions.items():
             parameter = layer.parameters[short]
             if parameter in self.loose:
@@ -203,6 +227,8 @@ def add_single_squares(
 ) -> None:
     """Add the squared gradient of one example, by plain autograd: the rule that is always right."""
     chosen = list(parameters)
+    if not logits.requires_grad:
+        return  # none of them took part
     gradients = torch.autograd.grad(
         logits, chosen, seed, retain_graph=keep_graph, allow_unused=True
     )

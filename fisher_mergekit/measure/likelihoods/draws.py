@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MIX = 0x9E3779B97F4A7C15  # odd, so that distinct pairs (seed, example) give distinct streams
+_MIX = 0x9E3779B97F4A7C15  # scatters neighbouring seeds, whose streams would else be each other's, shifted
 
 
 def uniforms(seed: int, examples: Sequence[int], length: int) -> Tensor:
