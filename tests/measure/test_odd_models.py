@@ -1,0 +1,305 @@
+"""Models that no rule covers whole: measured as exactly, only slower, and said in the log."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import oracles
+import pytest
+import tiny
+import torch
+from models import VOCABULARY
+from torch import nn
+
+WIDTH = 6
+CLASSES = 3
+
+
+class Odd(nn.Module):
+    """Embedding, one odd thing, masked mean over tokens, classifier; a base for the cases."""
+
+    loose: tuple[str, ...] = ()
+    """Parameters that have to be left to the loop; all others have to take the fast way."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.add_odd()
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+
+    def add_odd(self):
+        pass
+
+    def odd(self, x, mask, ids):
+        return x
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask.unsqueeze(-1).to(self.classifier.weight.dtype)
+        x = self.odd(self.embed(input_ids).tanh(), mask, input_ids)
+        return SimpleNamespace(logits=self.classifier((x * mask).sum(1) / mask.sum(1)))
+
+
+class BareParameter(Odd):
+    """A parameter in the parent itself: no layer."""
+
+    loose = ("scale", "matrix")
+
+    def add_odd(self):
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.matrix = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+
+    def odd(self, x, mask, ids):
+        return (x * self.scale + x @ self.matrix).tanh()
+
+
+class TwoInputs(Odd):
+    """A module of two tensors, one of them by name."""
+
+    loose = ("mix.weight", "mix.bias")
+
+    def add_odd(self):
+        self.mix = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return self.mix(x, input2=x.flip(-1))
+
+
+class LinearOfTwo(nn.Linear):
+    """Inherits from Linear, and is none."""
+
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class SubclassWithTwoInputs(Odd):
+    loose = ("gated.weight", "gated.bias")
+
+    def add_odd(self):
+        self.gated = LinearOfTwo(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return self.gated(x, x.sigmoid())
+
+
+class LinearByKeyword(Odd):
+    """An ordinary Linear, called in a way that a tap does not expect."""
+
+    loose = ("project.weight", "project.bias")
+
+    def add_odd(self):
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return self.project(input=x)
+
+
+class TokensFirst(Odd):
+    """A Linear on `[t, b, d]`."""
+
+    loose = ("project.weight", "project.bias")
+
+    def add_odd(self):
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return x + self.project(x.transpose(0, 1)).transpose(0, 1).tanh()
+
+
+class FoldedIntoOne(Odd):
+    """A Linear on `[b t, d]`, as routers of mixtures of experts have it."""
+
+    loose = ("project.weight", "project.bias")
+
+    def add_odd(self):
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return x + self.project(x.flatten(0, 1)).view_as(x).tanh()
+
+
+class WithoutExamples(Odd):
+    """A Linear on `[t, d]`, the same for all examples; t may be the batch size."""
+
+    loose = ("project.weight", "project.bias")
+
+    def add_odd(self):
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        steps = torch.arange(x.shape[1] * WIDTH, dtype=x.dtype).view(x.shape[1], WIDTH)
+        return x + self.project(steps.cos())
+
+
+class UsedTwice(Odd):
+    """One module, two places: its two gradients meet before the square."""
+
+    def add_odd(self):
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def odd(self, x, mask, ids):
+        return self.norm(self.project(self.norm(self.project(x)).tanh()))
+
+
+class SharedParameter(Odd):
+    """Two modules, one tensor, both ways round."""
+
+    def add_odd(self):
+        self.up = nn.Linear(WIDTH, VOCABULARY)
+        self.up.weight = self.embed.weight
+        self.down = nn.Linear(VOCABULARY, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return self.down(self.up(x).tanh())
+
+
+class SharedWithALooseOne(Odd):
+    """A tensor that a rule covers in one place and none in the other."""
+
+    loose = ("embed.weight",)
+
+    def odd(self, x, mask, ids):
+        return (x @ self.embed.weight.T).tanh() @ self.embed.weight
+
+
+class HitSometimes(Odd):
+    """A layer that only some batches reach: those with long examples."""
+
+    def add_odd(self):
+        self.long = nn.Linear(WIDTH, WIDTH)
+        self.short = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        is_long = (mask.sum(1, keepdim=True) > 5).to(x.dtype)
+        if is_long.any():
+            x = x + is_long * self.long(x).tanh()
+        if not is_long.all():
+            x = x + (1 - is_long) * self.short(x).tanh()
+        return x
+
+
+class NeverHit(Odd):
+    """A layer that nothing reaches: its Fisher is zero."""
+
+    def add_odd(self):
+        self.unused = nn.Linear(WIDTH, WIDTH)
+
+
+class PaddingIndex(Odd):
+    """PyTorch gives the row at `padding_idx` no gradient, whatever token it stands for."""
+
+    def add_odd(self):
+        self.second = nn.Embedding(VOCABULARY, WIDTH, padding_idx=4)
+
+    def odd(self, x, mask, ids):
+        return x * self.second(ids)
+
+
+class PaddingLeaks(Odd):
+    """The mean runs over padding too: batched, it would be another model."""
+
+    loose = ("embed.weight", "classifier.weight", "classifier.bias")
+
+    def odd(self, x, mask, ids):
+        return x.mean(1, keepdim=True).expand_as(x)
+
+
+class PaddingMovesLogits(Odd):
+    """Padding changes what is predicted, but no gradient of the logits."""
+
+    loose = ("embed.weight", "classifier.weight", "classifier.bias")
+
+    def forward(self, input_ids, attention_mask):
+        logits = super().forward(input_ids, attention_mask).logits
+        return SimpleNamespace(
+            logits=logits + torch.arange(CLASSES) * (1 - attention_mask).sum(1, keepdim=True)
+        )
+
+
+class ForeignNorms(Odd):
+    """Modules called …Norm that do not act along the last axis, or want an exact weight shape."""
+
+    loose = ("group.weight", "group.bias", "rms.weight")
+
+    def add_odd(self):
+        self.group = nn.GroupNorm(2, WIDTH)
+        self.rms = nn.RMSNorm(WIDTH)
+
+    def odd(self, x, mask, ids):
+        pooled = self.group((x * mask).sum(1))
+        return self.rms(x) + pooled[:, None, :]
+
+
+class AllOdd(nn.Module):
+    """No parameter has a rule."""
+
+    loose = ("table", "head")
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(VOCABULARY, WIDTH))
+        self.head = nn.Parameter(torch.zeros(WIDTH, CLASSES))
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask.unsqueeze(-1).to(self.head.dtype)
+        x = (self.table[input_ids].tanh() * mask).sum(1)
+        return SimpleNamespace(logits=x @ self.head)
+
+
+CASES = [*Odd.__subclasses__(), AllOdd]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_odd_models_are_measured_exactly_and_named_in_the_log(case, caplog):
+    model, examples = tiny.perturbed(case()), tiny.ragged(9)
+    expected = oracles.exact_classifier(model, examples)
+    for size in (1, 2, 4, 6, 16):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="fisher_mergekit"):
+            session = tiny.session_for(model)
+            totals = session.run(examples, size)
+        found = {name: totals[p] for name, p in model.named_parameters()}
+        oracles.assert_same_fishers(found, expected)
+        assert sorted(session.loose) == sorted(case.loose)
+        said = [record.message for record in caplog.records]
+        assert len(said) == len(case.loose)
+        for name in case.loose:
+            assert any(
+                line.startswith(f"{name} is measured one example at a time") for line in said
+            )
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "empirical"])
+def test_the_loop_takes_the_same_outcomes_as_the_batch(estimator):
+    """Half of the parameters are measured in batches, half alone: of the same y."""
+    model, examples = tiny.perturbed(BareParameter()), tiny.ragged(9)
+    tied = tiny.measured(model, examples, estimator, batch_size=4, fast=False)
+    alone = tiny.measured(model, examples, estimator, batch_size=1, fast=False)
+    oracles.assert_same_fishers(tied, alone)
+
+
+class RoutedOnce(Odd):
+    """An expert that only the last, shortest batch reaches, with as many tokens as examples.
+
+    Its two rows are two tokens of one example. Taken for two examples, they would be squared apart.
+    """
+
+    loose = ("expert.weight", "expert.bias")
+
+    def add_odd(self):
+        self.expert = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        chosen = ids == 1
+        if not chosen.any():
+            return x
+        return x.masked_scatter(chosen.unsqueeze(-1), self.expert(x[chosen]))
+
+
+def test_a_layer_first_reached_late_is_not_trusted_unverified():
+    rows = [[5] * 9, [6] * 8, [7] * 7, [8] * 6, [1, 1, 9], [9, 8, 4]]
+    examples = [tiny.Example(i, {"input_ids": ids}) for i, ids in enumerate(rows)]
+    model = tiny.perturbed(RoutedOnce())
+    found = tiny.measured(model, examples, batch_size=2, fast=False)
+    oracles.assert_same_fishers(found, oracles.exact_classifier(model, examples))
