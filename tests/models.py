@@ -47,6 +47,32 @@ FAMILIES = {
         "Qwen2ForCausalLM",
         {**_ENCODER, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**_ENCODER, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 8,
+            "d_kv": 4,
+            "d_ff": 12,
+            "num_layers": 2,
+            "num_heads": 2,
+        },
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        {
+            "hidden_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 12,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16},

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import transformers
+from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -90,6 +91,7 @@ def tensors(
     patterns: Sequence[str],
     base: ModelReference | None,
     files: Files,
+    head: Sequence[str],
 ) -> list[str]:
     """Check that every output tensor can be made: all parts there, alike, and of a known kind.
 
@@ -98,6 +100,7 @@ def tensors(
         patterns: the recipe's `exclude`.
         base: the recipe's `base_model`.
         files: every model's tensors.
+        head: names of the output tensors of a task head.
     """
 
     def remedy(offenders: Sequence[Slot]) -> str:
@@ -112,6 +115,7 @@ def tensors(
             [s.name for s in offenders],
             [s.name for s in slots],
             patterns,
+            head,
             has_base=base is not None,
         )
 
@@ -120,7 +124,17 @@ def tensors(
 
     merged = [s for s in slots if not s.excluded]
     problems += _converted(merged)
-    missing = [s for s in merged if any(p.info is None and not p.converted for p in s.sources)]
+    unknown = [s for s in merged if s.sources and not _is_anywhere(s, files)]
+    if unknown:
+        problems.append(
+            f"mergekit expects {_some([s.name for s in unknown])} in a model of this architecture, "
+            "and no model has it; mergekit does not know these models well enough to merge them."
+        )
+    missing = [
+        s
+        for s in merged
+        if s not in unknown and any(p.info is None and not p.converted for p in s.sources)
+    ]
     if missing:
         problems.append(
             f"not every model has every tensor: {_absentees(missing)}. {remedy(missing)}"
@@ -138,6 +152,8 @@ def tensors(
     if different:
         shapes = "; ".join(map(_shapes, different[:4])) + ("; …" if len(different) > 4 else "")
         problems.append(f"tensors differ in shape: {shapes}. {remedy(different)}")
+    if base in files:
+        problems += _unlike_base([s for s in complete if s not in reshaped], base, files)
 
     alike = [s for s in complete if s not in reshaped]
     problems += _odd_dtypes(alike)
@@ -150,24 +166,90 @@ def tensors(
     return problems
 
 
-def task_head(slots: Sequence[Slot], config: Any) -> list[str]:
-    """Return the names of merged tensors that belong to a task head.
+def output_config(slots: Sequence[Slot], architecture: ModelArchitecture, config: Any) -> list[str]:
+    """Check that the merge makes the layers that the output's configuration asks for.
 
     Args:
         slots: all output tensors.
+        architecture: mergekit's description of the models.
+        config: the output's `transformers` configuration, which is base_model's.
+    """
+    asked = {w.name: w.optional for w in architecture.all_weights(config)}
+    made = {slot.name for slot in slots}
+    lacking = [name for name, optional in asked.items() if name not in made and not optional]
+    extra = [name for name in made if name not in asked]
+    if not (lacking or extra):
+        return []
+    which = f"lacks {_some(lacking)}" if lacking else f"also has {_some(sorted(extra))}"
+    return [
+        "the output's configuration (base_model's) does not fit: by it, the merged model "
+        f"{which}. Name as `base_model:` a model with as many layers as the merge."
+    ]
+
+
+def left_out(
+    model: ModelReference,
+    config: Any,
+    names: Iterable[str],
+    architecture: ModelArchitecture,
+    output_config: Any,
+) -> list[str]:
+    """Check that mergekit knows every parameter of a model that is built like the output.
+
+    What it does not know it leaves out in silence, and transformers then draws it at random.
+
+    Args:
+        model: for the message.
+        config: the model's `transformers` configuration.
+        names: the model's measured parameters, by their names in its files.
+        architecture: mergekit's description of the models.
+        output_config: the output's `transformers` configuration.
+    """
+    if config.architectures != output_config.architectures:
+        return []
+    known: set[str] = set()
+    for weight in architecture.all_weights(config):
+        known |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return []
+    return [
+        f"mergekit does not know {_some(unknown)} of {model}, so the merged model would lack "
+        "them; it cannot merge this kind of model."
+    ]
+
+
+def task_head(names: Sequence[str], config: Any) -> list[str]:
+    """Return which tensors belong to a task head: they lie outside the model's shared body.
+
+    Args:
+        names: all output tensors.
         config: the output model's `transformers` configuration.
     """
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if not architecture.endswith(TASK_CLASSES):
         return []
     body = getattr(getattr(transformers, architecture, None), "base_model_prefix", "")
-    if not body:
-        return []
-    return [
-        s.name
-        for s in slots
-        if s.is_merged and len(s.sources) > 1 and not s.name.startswith(body + ".")
-    ]
+    return [name for name in names if body and not name.startswith(body + ".")]
+
+
+def _is_anywhere(slot: Slot, files: Files) -> bool:
+    """Whether any file has the tensor, as it is or to be converted; base_model's files too."""
+    by_output_name = any(find(slot.weight, tensors) is not None for tensors in files.values())
+    return by_output_name or any(s.info is not None or s.converted for s in slot.sources)
+
+
+def _unlike_base(slots: Iterable[Slot], base: ModelReference, files: Files) -> list[str]:
+    """Find tensors that do not fit the output's configuration, which is base_model's."""
+    for slot in slots:
+        info = find(slot.weight, files[base])
+        if info is not None and info.shape != slot.sources[0].tensor.shape:
+            return [
+                f"the output gets its configuration from base_model {base}, where {slot.name} is "
+                f"{list(info.shape)}; merged it is {list(slot.sources[0].tensor.shape)}. Name as "
+                "`base_model:` a model of the same sizes."
+            ]
+    return []
 
 
 def _not_in_base(slots: Iterable[Slot]) -> list[str]:

@@ -28,7 +28,12 @@ def unmatched(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def advice(
-    offenders: Sequence[str], names: Sequence[str], present: Sequence[str], *, has_base: bool
+    offenders: Sequence[str],
+    names: Sequence[str],
+    present: Sequence[str],
+    head: Sequence[str] = (),
+    *,
+    has_base: bool,
 ) -> str:
     """Return the sentence with the `exclude:` line that keeps the offenders out of the merge.
 
@@ -36,9 +41,11 @@ def advice(
         offenders: names of output tensors.
         names: names of all output tensors.
         present: the patterns that the recipe has already.
+        head: those of the names that belong to a task head. Half a head is of no use, so an
+            offender may take the rest of it along.
         has_base: whether the recipe names a `base_model`, which the line needs.
     """
-    added = shortest_patterns(offenders, names)
+    added = shortest_patterns(offenders, names, head)
     also = [name for name in names if name not in offenders and is_excluded(name, added)]
     also = [name for name in also if not is_excluded(name, present)]
     line = f"`exclude: [{', '.join(dict.fromkeys([*present, *added]))}]`"
@@ -47,13 +54,18 @@ def advice(
     return f"To keep base_model's own, write under `parameters:` the line {line}{extra}{base}."
 
 
-def shortest_patterns(offenders: Sequence[str], names: Sequence[str]) -> list[str]:
+def shortest_patterns(
+    offenders: Sequence[str], names: Sequence[str], head: Sequence[str] = ()
+) -> list[str]:
     """Return few and short patterns that match every offender and, if possible, nothing else.
 
     Where one offender's whole name is part of another tensor's (`classifier.weight` of
-    `pre_classifier.weight`), no pattern can tell them apart, and the other is taken along.
+    `pre_classifier.weight`), no pattern can tell them apart, and the other is taken along; so is
+    the rest of a task head.
     """
     allowed = {name for name in names if is_excluded(name, offenders)}
+    if not allowed.isdisjoint(head):
+        allowed.update(head)
     patterns: list[str] = []
     for offender in offenders:
         if is_excluded(offender, patterns):

@@ -41,6 +41,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     config, options = planner.config, planner.options
     method = METHODS[config.merge_method]
 
+    sliced = is_sliced(config)  # before mergekit turns everything into slices
     problems = checks.recipe(config, options)
     patterns: tuple[str, ...] = ()
     try:
@@ -49,30 +50,56 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
         problems.append(error.message)
     try:
         records = record_walk(planner, walk)
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:
         # What mergekit stumbles over is most likely what we have a better sentence for.
-        if problems:
-            raise PlanningError(problems) from error
-        raise
+        raise PlanningError(problems or [f"mergekit cannot plan this merge: {error}"]) from error
 
     files, told = slots.open_files(records)
     problems += told
     outputs = slots.find_slots(records, files, patterns, options.trust_remote_code)
-    problems += checks.tensors(outputs, patterns, config.base_model, files)
+    head = checks.task_head([slot.name for slot in outputs], planner.out_model_config)
+    problems += checks.tensors(outputs, patterns, config.base_model, files, head)
+    if not sliced:
+        problems += checks.output_config(outputs, planner.arch_info, planner.out_model_config)
 
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
     problems += told
     opened, told = sidecars.open_all(merged, resolved, config, method.kind, files)
     problems += told
+    for model, found in opened.items():
+        problems += checks.left_out(
+            model,
+            model.config(options.trust_remote_code),
+            found.sidecar,
+            planner.arch_info,
+            planner.out_model_config,
+        )
     if problems:
         raise PlanningError(list(dict.fromkeys(problems)))
 
-    _warn_of_task_head(outputs, patterns, planner)
+    if any(slot.is_merged and len(slot.sources) > 1 for slot in outputs if slot.name in head):
+        LOG.warning(
+            "The task head is merged too (%s), which makes sense only for models of one task and "
+            "the same labels. %s",
+            ", ".join(head),
+            exclude.advice(
+                head,
+                [slot.name for slot in outputs],
+                patterns,
+                head,
+                has_base=config.base_model is not None,
+            ),
+        )
     planner._tensors.extend(
         (slot.weight, _task(slot, resolved.get(slot.name), opened, config, options))
         for slot in outputs
     )
+
+
+def is_sliced(config: MergeConfiguration) -> bool:
+    """Whether the recipe says which layers go where, rather than merging like with like."""
+    return bool(config.slices) or any(m.slices for m in (config.modules or {}).values())
 
 
 def record_walk(planner: MergePlanner, walk: Callable[[], None]) -> list[Record]:
@@ -107,22 +134,6 @@ def record_walk(planner: MergePlanner, walk: Callable[[], None]) -> list[Record]
     finally:
         del planner.plan_tensor
     return records
-
-
-def _warn_of_task_head(
-    outputs: Sequence[Slot], patterns: Sequence[str], planner: MergePlanner
-) -> None:
-    """Warn of a task head that would be merged: afterwards it may fit no task at all."""
-    heads = checks.task_head(outputs, planner.out_model_config)
-    if heads:
-        names = [slot.name for slot in outputs]
-        has_base = planner.config.base_model is not None
-        LOG.warning(
-            "The task head is merged too (%s), which makes sense only for models of one task and "
-            "the same labels. %s",
-            ", ".join(heads),
-            exclude.advice(heads, names, patterns, has_base=has_base),
-        )
 
 
 def _task(

@@ -156,11 +156,13 @@ def _find_slot(
         of_base = [source(base, weight)]
     excluded = is_excluded(weight.name, patterns)
     candidates = of_base if excluded else [*sources, *of_base]
-    if weight.optional and not any(is_held(part.weight, files[part.model]) for part in candidates):
+    held = any(is_held(part.weight, files[part.model]) for part in candidates)
+    # mergekit also skips what it could have got by conversion, and writes a model without it.
+    if weight.optional and not held and not any(part.converted for part in candidates):
         LOG.info("Skipping optional weight %s", weight.name)
         return None
     present = [part for part in candidates if part.info is not None]
-    if weight.optional and not any(part.tensor.is_floating for part in present):
+    if weight.optional and present and not any(part.tensor.is_floating for part in present):
         # A buffer, and not every version of transformers writes it: who has it gives it.
         return Slot(weight, tuple(present), record.reader, excluded)
     return Slot(weight, tuple(of_base if excluded else sources), record.reader, excluded)

@@ -317,6 +317,17 @@ class TestTensors:
             assert f"[24, 8] in {pair[0]}, [30, 8] in {other}" in messages[-1]
         assert "--unsafe-truncate-embeddings" in messages[0]
 
+    def test_half_a_head_differs(self, tmp_path):
+        """RoBERTa's head is two layers, of which only one has the labels' size."""
+        models = [
+            make_measured(tmp_path / f"{n}", "roberta", seed=n, num_labels=n)[0] for n in (2, 3)
+        ]
+        message = problem(recipe_of(*models, base_model=str(models[0])), tmp_path / "out")
+        assert message.endswith(
+            "the line `exclude: [classifier]` (it takes classifier.dense.weight, "
+            "classifier.dense.bias too)."
+        )
+
     def test_body_of_other_shape(self, pair, tmp_path):
         other, _, _ = make_measured(tmp_path / "c", seed=3, max_position_embeddings=20)
         message = problem(recipe_of(pair[0], other), tmp_path / "out")
@@ -358,6 +369,33 @@ class TestTensors:
         with pytest.raises(CheckpointError, match=r"does not fit into torch.float16"):
             merged(recipe_of(*pair, dtype="float16"), tmp_path / "out")
 
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"num_hidden_layers": 3}, "the merged model lacks model.layers.2.input_layernorm"),
+            ({"num_hidden_layers": 1}, "the merged model also has model.layers.1."),
+            ({"hidden_size": 4}, "is [24, 4]; merged it is [24, 8]."),
+        ],
+    )
+    def test_unlisted_base_model_of_other_sizes(self, tmp_path, config, words):
+        """It gives the configuration, so the output could not be loaded."""
+        models = [make_measured(tmp_path / n, "llama", seed=i)[0] for i, n in enumerate("ab")]
+        base = make_model(tmp_path / "base", "llama", **config)
+        message = problem(recipe_of(*models, base_model=str(base)), tmp_path / "out")
+        assert words in message
+        assert "`base_model:`" in message
+
+    def test_models_of_different_depth(self, pair, tmp_path):
+        other, _, _ = make_measured(tmp_path / "c", num_hidden_layers=3)
+        message = problem(recipe_of(pair[0], other), tmp_path / "out")
+        assert "must contain the same number of layers" in message
+
+    def test_architecture_that_mergekit_describes_wrongly(self, tmp_path):
+        models = [make_measured(tmp_path / n, "t5", seed=i)[0] for i, n in enumerate("ab")]
+        message = problems(recipe_of(*models), tmp_path / "out")[0]
+        assert "DenseReluDense.wi_0.weight" in message
+        assert "and no model has it" in message
+
 
 class TestNotBuiltYet:
     @pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
@@ -383,18 +421,24 @@ class TestNotBuiltYet:
         assert message.startswith(f"{pair[1]}: {pair[1]} holds only pickled weights")
 
     def test_converted_checkpoint(self, tmp_path):
-        """transformers packs a Mixtral's experts in memory; the files hold them one by one."""
-        from mergekit.architecture import WeightInfo
-        from mergekit.common import ModelReference
+        """transformers packs the experts in memory; the files hold them one by one."""
+        models = [make_measured(tmp_path / n, "mixtral", seed=i)[0] for i, n in enumerate("ab")]
+        messages = problems(recipe_of(*models), tmp_path / "out")
+        for folder in models:
+            (message,) = [m for m in messages if "in another layout" in m and str(folder) in m]
+            assert "which transformers converts while loading" in message
 
-        from fisher_mergekit.merging import checks, slots
-
-        model = ModelReference.parse(str(tmp_path))
-        weight = WeightInfo(name="model.layers.0.mlp.experts.gate_up_proj")
-        source = slots.Source(model, weight, None, converted=True)
-        slot = slots.Slot(weight, (source,), reader=None)
-        (message,) = checks.tensors([slot], (), None, {})
-        assert "in another layout, which transformers converts" in message
+    @pytest.mark.parametrize(
+        ("family", "config"), [("vit", {}), ("llama", {"attention_bias": True})]
+    )
+    def test_parameters_that_mergekit_leaves_out(self, tmp_path, family, config):
+        """It would write a vision model without layers, and a Llama without its biases."""
+        models = [
+            make_measured(tmp_path / n, family, seed=i, **config)[0] for i, n in enumerate("ab")
+        ]
+        for message in problems(recipe_of(*models), tmp_path / "out"):
+            assert "mergekit does not know" in message
+            assert "so the merged model would lack them" in message
 
     def test_kernel_called_directly(self):
         from mergekit.merge_methods import merge_state_dicts, merge_tensors
