@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -122,17 +121,19 @@ def find_slots(
     As in mergekit, an optional tensor that no file holds is skipped. Models without readable files
     have no part in what is returned; `open_files` has told of them.
     """
+    answers: dict[tuple[ModelReference, str], bool] = {}
 
-    @functools.cache
-    def convertible(model: ModelReference, template: str) -> bool:
-        model_type = model.config(trust_remote_code=trust_remote_code).model_type
-        return bool(can_convert_checkpoint_keys(model_type, set(files[model]), template))
+    def is_converted(model: ModelReference, name: str) -> bool:
+        # Slow, and layers are alike: asked only for the first layer that lacks the tensor.
+        key = (model, _LAYER.sub(".N", name))
+        if key not in answers:
+            model_type = model.config(trust_remote_code=trust_remote_code).model_type
+            answers[key] = can_convert_checkpoint_keys(model_type, set(files[model]), name)
+        return answers[key]
 
     def source(model: ModelReference, weight: WeightInfo) -> Source:
         info = find(weight, files[model])
-        # Looking for conversions is slow, and layers are alike: asked for the first layer only.
-        first = _LAYER.sub(".0", weight.name)
-        return Source(model, weight, info, info is None and convertible(model, first))
+        return Source(model, weight, info, info is None and is_converted(model, weight.name))
 
     found = (_find_slot(record, files, patterns, source) for record in records)
     return [slot for slot in found if slot is not None]
