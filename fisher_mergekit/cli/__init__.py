@@ -13,9 +13,7 @@ import click
 
 from fisher_mergekit import __version__
 
-# Libraries draw bars and reports of their own around ours; they read these when first imported.
-# What matters of what they would say, we check and say ourselves.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Read when transformers is first imported. It warns of much; what matters of it, we check and say.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 SUBCOMMANDS = {

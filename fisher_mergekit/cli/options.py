@@ -22,10 +22,18 @@ def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def apply_common_options(verbosity: int, num_threads: int | None) -> None:
-    """Set the log level and the number of threads, as mergekit does."""
+def apply_common_options(verbosity: int, quiet: bool, num_threads: int | None) -> None:
+    """Set the log level, the progress bars and the number of threads, as mergekit does."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    if quiet:
+        import datasets
+        import huggingface_hub.utils
+        import transformers.utils.logging
+
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     if num_threads is not None:
         import torch
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fisher_mergekit.cli.options import add_common_options, apply_common_options
 from fisher_mergekit.errors import FisherMergekitError, PlanningError, RecipeError
-from fisher_mergekit.measure.precompute import Job, check, existing_sidecar
+from fisher_mergekit.measure.precompute import Job, Prepared, existing_sidecar, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
 from fisher_mergekit.recipe import Calibration, read_calibration, read_recipe
 from fisher_mergekit.sidecar.location import default_location
@@ -98,34 +98,43 @@ def precompute(
 
     Without a recipe, measure one model: --model M --path DATA. Flags override the recipe.
     """
-    apply_common_options(verbosity, num_threads)
+    apply_common_options(verbosity, quiet, num_threads)
     start = time.perf_counter()
     overrides = _overrides(flags, random_seed)
-    jobs = [
-        Job(
-            reference=str(reference),
-            revision=reference.model.revision,
-            folder=_folder(reference, transformers_cache),
-            out=place,
-            kind=kind or default_kind,
-            calibration=calibration,
-            device=_device(device, cuda),
-            trust_remote_code=trust_remote_code,
-            shard_size=out_shard_size,
-        )
-        for reference, place, default_kind, calibration in _requests(recipe, model, out, overrides)
-    ]
-    waiting = []
-    for job in jobs:
-        sidecar = None if force else existing_sidecar(job)
-        if sidecar is None:
-            waiting.append(job)
-        elif not quiet:
+    options: dict[str, Any] = {
+        "device": _device(device, cuda),
+        "trust_remote_code": trust_remote_code,
+        "shard_size": out_shard_size,
+    }
+    valid: list[Job] = []
+    waiting: list[Prepared] = []
+    problems: list[str] = []
+    for reference, place, default_kind, calibration in _requests(recipe, model, out, overrides):
+        try:
+            job = Job(
+                reference=str(reference),
+                revision=reference.model.revision,
+                folder=_folder(reference, transformers_cache),
+                out=place,
+                kind=kind or default_kind,
+                calibration=calibration,
+                **options,
+            )
+            if not force and existing_sidecar(job):
+                valid.append(job)
+            else:
+                waiting.append(prepare(job))
+        except FisherMergekitError as error:
+            problems.append(f"{reference}: {error.message}")
+    if problems:  # all of them, before the first model is measured
+        raise PlanningError(problems)
+    for job in valid:
+        if not quiet:
             click.echo(f"{job.reference}: {job.out} is valid, nothing to measure.")
-    _check_all(waiting)
-    for job in waiting:
+    for prepared in waiting:
+        job = prepared.job
         with _ProgressBar(f"Measuring {job.reference}", quiet) as progress:
-            header = measure(job, progress)
+            header = measure(prepared, progress)
         if not quiet:
             settings = header.kinds[job.kind].settings
             click.echo(
@@ -133,6 +142,7 @@ def precompute(
                 f"({settings.tokens:,} tokens), wrote {job.out}"
             )
     if not quiet:
+        jobs = [*valid, *(prepared.job for prepared in waiting)]
         _summary(recipe, jobs, len(waiting), time.perf_counter() - start)
 
 
@@ -233,18 +243,6 @@ def _device(device: str, cuda: bool) -> str:
             f"device {device!r} cannot be used here: {reason} Try --device cpu."
         ) from None
     return device
-
-
-def _check_all(jobs: list[Job]) -> None:
-    """Raise everything that is wrong with all jobs at once, before the first is measured."""
-    problems = []
-    for job in jobs:
-        try:
-            check(job)
-        except FisherMergekitError as error:
-            problems.append(f"{job.reference}: {error.message}")
-    if problems:
-        raise PlanningError(problems)
 
 
 def _summary(recipe: Path | None, jobs: list[Job], measured: int, seconds: float) -> None:
