@@ -104,7 +104,9 @@ def tensors(
     """
 
     def remedy(offenders: Sequence[Slot]) -> str:
-        """Return the `exclude:` line, unless base_model has not got what it should keep."""
+        """Return the `exclude:` line, where that makes sense and base_model has the tensors."""
+        if 2 * len(offenders) > len(slots):
+            return "That is most of the model; merge models of one architecture and size."
         lost = [s.name for s in offenders if base in files and find(s.weight, files[base]) is None]
         if lost:
             return (
@@ -124,11 +126,12 @@ def tensors(
 
     merged = [s for s in slots if not s.excluded]
     problems += _converted(merged)
-    unknown = [s for s in merged if s.sources and not _is_anywhere(s, files)]
+    unknown = [s for s in merged if s.sources and not _is_anywhere(s, base, files)]
     if unknown:
         problems.append(
             f"mergekit expects {_some([s.name for s in unknown])} in a model of this architecture, "
-            "and no model has it; mergekit does not know these models well enough to merge them."
+            "and no model has it. Either a `layer_range` goes beyond the last layer, or mergekit "
+            "does not know these models well enough to merge them."
         )
     missing = [
         s
@@ -233,10 +236,10 @@ def task_head(names: Sequence[str], config: Any) -> list[str]:
     return [name for name in names if body and not name.startswith(body + ".")]
 
 
-def _is_anywhere(slot: Slot, files: Files) -> bool:
-    """Whether any file has the tensor, as it is or to be converted; base_model's files too."""
-    by_output_name = any(find(slot.weight, tensors) is not None for tensors in files.values())
-    return by_output_name or any(s.info is not None or s.converted for s in slot.sources)
+def _is_anywhere(slot: Slot, base: ModelReference | None, files: Files) -> bool:
+    """Whether a source has the tensor, as it is or to be converted, or base_model has it."""
+    in_base = base in files and find(slot.weight, files[base]) is not None
+    return in_base or any(s.info is not None or s.converted for s in slot.sources)
 
 
 def _unlike_base(slots: Iterable[Slot], base: ModelReference, files: Files) -> list[str]:

@@ -59,9 +59,9 @@ class Source:
         return self.info
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """One output tensor.
+    """One output tensor; equal to itself only.
 
     Attributes:
         weight: mergekit's description of it in the output.

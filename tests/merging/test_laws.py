@@ -107,6 +107,9 @@ def test_floor_and_favor_base(tmp_path):
     found = merged(recipe, tmp_path / "favor")
     assert_close(found, expected)
     torch.testing.assert_close(found[unknown], theta_b[unknown], rtol=1e-6, atol=1e-6)
+    # A model with lambda 0 is not read, which must not shift who is favoured.
+    recipe = recipe_of(a, b, lambdas=[0, 1], base_model=str(b), parameters=options)
+    assert_close(merged(recipe, tmp_path / "alone"), theta_b)
     # A favoured base keeps the floor also where its lambda is 0.
     recipe = recipe_of(a, b, lambdas=[3, 0], base_model=str(b), parameters=options)
     expected = merge_oracle.merge(
@@ -191,6 +194,24 @@ def test_sliced_recipe_takes_statistics_from_the_source_layer(pair, tmp_path):
     assert_close(found, expected)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert config.num_hidden_layers == 3
+
+
+def test_repeated_layers_and_an_excluded_part_of_them(pair, tmp_path):
+    """Every output layer gets the excluded tensor of the base's *source* layer."""
+    (a, b), (theta_a, _), _ = pair
+    layers = [{"model": str(m), "layer_range": [1, 2]} for m in (a, b)]
+    recipe = {
+        "merge_method": "fisher",
+        "base_model": str(a),
+        "parameters": {"exclude": ["input_layernorm"]},
+        "slices": [{"sources": layers}, {"sources": layers}],
+    }
+    found = merged(recipe, tmp_path)
+    expected = theta_a["model.layers.1.input_layernorm.weight"]
+    for layer in (0, 1):
+        assert torch.equal(found[f"model.layers.{layer}.input_layernorm.weight"], expected)
+        one, two = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+        assert torch.equal(found[one], found[two])
 
 
 def test_tied_and_untied_models(tmp_path):
@@ -279,6 +300,34 @@ def test_executor_finishes_one_tensor_before_the_next(tmp_path):
     labels = [handle.task().group_label() for handle in schedule]
     changes = sum(x != y for x, y in itertools.pairwise(labels))
     assert changes == len(set(labels)) - 1
+
+
+def test_modules_recipe(pair, tmp_path):
+    recipe = recipe_of(*pair[0], lambdas=[0.2, 0.8])
+    recipe["modules"] = {"default": {"models": recipe.pop("models")}}
+    assert_close(merged(recipe, tmp_path), oracle(pair, [0.2, 0.8]))
+
+
+def test_device_options(pair, tmp_path):
+    options = {"device": "cpu", "low_cpu_memory": True, "read_to_gpu": True, "async_write": True}
+    assert_close(merged(recipe_of(*pair[0]), tmp_path, **options), oracle(pair, [1, 1]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [{"cuda": True}, {"gpu_rich": True}])
+def test_on_a_gpu(pair, tmp_path, flags):
+    assert_close(merged(recipe_of(*pair[0]), tmp_path, **flags), oracle(pair, [1, 1]))
+
+
+def test_sidecar_measured_anew_between_two_merges(pair, tmp_path):
+    """Nothing of the first planning may linger."""
+    a, theta_a, fisher_a = make_measured(tmp_path / "a", "llama", seed=5)
+    (b, *_), (theta_b, *_), (fisher_b, *_) = pair
+    merged(recipe_of(a, b), tmp_path / "1")
+    fisher_a = random_fishers(a, 77)
+    write_fishers(a, fisher_a)
+    expected = merge_oracle.merge([theta_a, theta_b], [fisher_a, fisher_b], [1, 1], list(theta_a))
+    assert_close(merged(recipe_of(a, b), tmp_path / "2"), expected)
 
 
 def test_published_single_file_is_a_sidecar_too(pair, tmp_path):

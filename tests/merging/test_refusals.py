@@ -333,6 +333,22 @@ class TestTensors:
         message = problem(recipe_of(pair[0], other), tmp_path / "out")
         assert "`exclude: [position_embeddings]`" in message
 
+    def test_models_with_nothing_in_common(self, pair, tmp_path):
+        """No advice to exclude nearly everything."""
+        other, _, _ = make_measured(tmp_path / "c", seed=3, hidden_size=4)
+        assert any(
+            m.startswith("tensors differ in shape") and m.endswith("of one architecture and size.")
+            for m in problems(recipe_of(pair[0], other), tmp_path / "out")
+        )
+
+    def test_layer_range_beyond_the_last_layer(self, tmp_path):
+        a, _, _ = make_measured(tmp_path / "a", "llama", seed=1)
+        sources = [{"model": str(a), "layer_range": [1, 3]}]
+        recipe = {"merge_method": "fisher", "slices": [{"sources": sources}]}
+        message = problem(recipe, tmp_path / "out")
+        assert "model.layers.2.input_layernorm.weight" in message
+        assert "a `layer_range` goes beyond the last layer" in message
+
     def test_buffers_differ(self, pair, tmp_path):
         for i, folder in enumerate(pair):
             weights = {**read(folder), "bert.embeddings.position_ids": torch.arange(16)[None] + i}

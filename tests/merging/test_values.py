@@ -22,7 +22,14 @@ def check(process, out, expected, **tolerance):
     assert_close(read(out), expected, **tolerance)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bert",
+        pytest.param("roberta", marks=pytest.mark.slow),
+        pytest.param("distilbert", marks=pytest.mark.slow),
+    ],
+)
 def test_heads_of_different_size(tmp_path, family):
     a, theta_a, fisher_a = make_measured(tmp_path / "a", family, seed=1, num_labels=2)
     b, theta_b, fisher_b = make_measured(tmp_path / "b", family, seed=2, num_labels=3, scale=1e-9)
