@@ -1,4 +1,4 @@
-"""How good is a saved classifier on a task? Accuracy on held-out examples, with a standard error.
+"""How good is a saved classifier on a task? Accuracy, with a standard error.
 
 With n examples of which a share p is right, the standard error is √(p (1 − p) / n). Two models are
 compared on the same examples, so what they both get right or wrong says nothing about the
@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fisher_mergekit.errors import FisherMergekitError
 from fisher_mergekit.study.finetune import hushed_transformers, pad
-from fisher_mergekit.study.tasks import Task
+from fisher_mergekit.study.tasks import Examples, Task
 
 Progress = Callable[[int], object]
 """Called with the number of examples of each batch."""
@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """Which held-out examples a model got right."""
+    """Which examples a model got right."""
 
     correct: tuple[bool, ...]
 
@@ -80,24 +80,23 @@ def load(model: Path, task: Task) -> Any:
 def score(
     classifier: Any,
     tokenizer: Any,
-    task: Task,
+    examples: Examples,
     *,
     batch_size: int = 64,
     max_length: int = 64,
     progress: Progress = lambda examples: None,
 ) -> Score:
-    """Return which of the task's held-out examples a loaded classifier gets right.
+    """Return which examples a loaded classifier gets right.
 
     Args:
         classifier: a model in evaluation mode.
         tokenizer: its tokenizer.
-        task: what to ask.
+        examples: what to ask.
         batch_size: changes speed only.
         max_length: texts are cut to this many tokens.
         progress: called after each batch.
     """
-    texts, labels = task.held_out.texts, task.held_out.labels
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    encoded = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     correct = [False] * len(encoded)
     with torch.inference_mode():
@@ -105,7 +104,7 @@ def score(
             chosen = by_length[start : start + batch_size]
             logits = classifier(**pad(tokenizer, [encoded[i] for i in chosen])).logits
             for i, answer in zip(chosen, logits.argmax(-1).tolist(), strict=True):
-                correct[i] = answer == labels[i]
+                correct[i] = answer == examples.labels[i]
             progress(len(chosen))
     return Score(tuple(correct))
 
@@ -119,7 +118,8 @@ def evaluate(
 ) -> Score:
     """Return which of the task's held-out examples the classifier in a folder gets right."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return score(load(model, task), tokenizer, task, max_length=max_length, progress=progress)
+    classifier = load(model, task)
+    return score(classifier, tokenizer, task.held_out, max_length=max_length, progress=progress)
 
 
 def accuracy(model: Path, task: Task, *, max_length: int = 64) -> float:

@@ -42,7 +42,7 @@ def finetune(
     seed: int = 0,
     quiet: bool = False,
 ) -> None:
-    """Train all weights of `model`, with a new head for `task`, and save the result in `out`.
+    """Train all weights of `model`, with a head for `task`, and save the result in `out`.
 
     Args:
         model: a folder that `AutoModelForSequenceClassification` can read.
@@ -91,10 +91,11 @@ def finetune(
 
 
 def new_classifier(model: Path, labels: tuple[str, ...]) -> Any:
-    """Load a model in float32 with a new, random head for these labels."""
+    """Load a model in float32; its head is new and random unless it has one of this size."""
     return AutoModelForSequenceClassification.from_pretrained(
         model,
         dtype=torch.float32,
+        ignore_mismatched_sizes=True,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
     )

@@ -1,6 +1,7 @@
 """Real texts and a real model, read from installed packages: nothing is downloaded at run time.
 
-A task is a set of labels and two disjoint lists of examples, one to train on and one held out.
+A task is a set of labels and three disjoint lists of examples: to train on, to make choices on
+(validation) and, held out from all of that, to report.
 """
 
 from __future__ import annotations
@@ -44,38 +45,50 @@ class Task:
     name: str
     labels: tuple[str, ...]
     train: Examples
+    validation: Examples
     held_out: Examples
 
 
 Rows = Iterable[tuple[str, int]]
 
 
-def split(
-    name: str, labels: Sequence[str], rows: Rows, *, train: int, held_out: int, seed: int = 0
-) -> Task:
-    """Make a task of (text, label) rows: repeated texts dropped, shuffled, cut in two.
+@dataclass(frozen=True)
+class Sizes:
+    """How many examples each list of a task has."""
+
+    train: int
+    validation: int
+    held_out: int
+
+    @property
+    def total(self) -> int:
+        """How many different texts that takes."""
+        return self.train + self.validation + self.held_out
+
+
+def split(name: str, labels: Sequence[str], rows: Rows, sizes: Sizes, *, seed: int = 0) -> Task:
+    """Make a task of (text, label) rows: repeated texts dropped, shuffled, cut in three.
 
     Raises:
-        FisherMergekitError: fewer than `train + held_out` different texts.
+        FisherMergekitError: fewer different texts than the sizes ask for.
     """
-    unique = list(dict(reversed([(text.strip(), label) for text, label in rows])).items())
-    if train + held_out > len(unique):
+    # Sorted: the order in which files are found is not the same on every machine.
+    unique = sorted({text.strip(): label for text, label in sorted(rows)}.items())
+    if sizes.total > len(unique):
         raise FisherMergekitError(
-            f"{name} has {len(unique):,} different texts; {train:,} to train on and {held_out:,} "
-            "to hold out are more. Ask for fewer."
+            f"{name} has {len(unique):,} different texts; {sizes.train:,} to train on, "
+            f"{sizes.validation:,} to choose on and {sizes.held_out:,} to hold out are "
+            f"{sizes.total:,}. Ask for fewer."
         )
-    # Sorted first: the order in which files are found is not the same on every machine.
-    unique.sort()
     random.Random(f"{name} {seed}").shuffle(unique)
+    parts = []
+    for size in (sizes.train, sizes.validation, sizes.held_out):
+        part, unique = unique[:size], unique[size:]
+        parts.append(Examples(tuple(text for text, _ in part), tuple(label for _, label in part)))
+    return Task(name, tuple(labels), *parts)
 
-    def take(start: int, stop: int) -> Examples:
-        texts, indices = zip(*unique[start:stop], strict=True) if stop > start else ((), ())
-        return Examples(texts, indices)
 
-    return Task(name, tuple(labels), take(0, train), take(train, train + held_out))
-
-
-def headlines(*, train: int = 1200, held_out: int = 800, seed: int = 0) -> Task:
+def headlines(sizes: Sizes, *, seed: int = 0) -> Task:
     """BBC News headlines, 2004-2005: which of five sections does the article stand in?
 
     Only the headline is given, without the article. Greene & Cunningham 2006; 2,225 articles.
@@ -88,10 +101,10 @@ def headlines(*, train: int = 1200, held_out: int = 800, seed: int = 0) -> Task:
             for file in (folder / label).glob("*.txt"):
                 yield file.read_text(encoding="latin-1").strip().partition("\n")[0], index
 
-    return split("headlines", labels, rows(), train=train, held_out=held_out, seed=seed)
+    return split("headlines", labels, rows(), sizes, seed=seed)
 
 
-def reviews(*, train: int = 3000, held_out: int = 1000, seed: int = 0) -> Task:
+def reviews(sizes: Sizes, *, seed: int = 0) -> Task:
     """Rotten Tomatoes: is this sentence of a film review for or against the film?
 
     Pang & Lee 2005; 8,530 sentences.
@@ -104,9 +117,7 @@ def reviews(*, train: int = 3000, held_out: int = 1000, seed: int = 0) -> Task:
                 if row["source"] == "rotten_tomatoes":
                     yield row["text"], int(row["label"])
 
-    return split(
-        "reviews", ("negative", "positive"), rows(), train=train, held_out=held_out, seed=seed
-    )
+    return split("reviews", ("negative", "positive"), rows(), sizes, seed=seed)
 
 
 TASKS: dict[str, Callable[..., Task]] = {"headlines": headlines, "reviews": reviews}
