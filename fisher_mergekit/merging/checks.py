@@ -130,8 +130,9 @@ def tensors(
     if unknown:
         asked = [s.sources[0].weight.name for s in unknown]  # in a slice not the output's name
         problems.append(
-            f"mergekit expects {_some(asked)} in a model of this architecture, and no model has it. Either a `layer_range` goes beyond the last layer, or mergekit "
-            "does not know these models well enough to merge them."
+            f"mergekit expects {_some(asked)} in a model of this architecture, and no model "
+            "has it. Either a `layer_range` goes beyond the last layer, or mergekit does not know "
+            "these models well enough to merge them."
         )
     missing = [
         s
