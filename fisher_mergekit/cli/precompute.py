@@ -236,7 +236,7 @@ def _device(device: str, cuda: bool) -> str:
         accelerator = torch.accelerator.current_accelerator()
         return str(accelerator) if accelerator is not None else "cpu"
     try:
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(

@@ -33,6 +33,9 @@ def encode(
     for number, row in enumerate(rows):
         where = f"{calibration.path}, example {number}"
         ids, prompt = _ids(row, tokenizer, calibration, length, where)
+        if getattr(config, "type_vocab_size", None) in (None, 0, 1):
+            # A generic tokenizer makes them for any model, and GPT-2 would read them as words.
+            ids.pop("token_type_ids", None)
         if not ids["input_ids"]:
             raise CalibrationError(f"{where}: the text has no tokens.")
         label = None if row.label is None else _class_index(row.label, config, where)
@@ -61,7 +64,7 @@ def _ids(
 ) -> tuple[dict[str, list[int]], int]:
     """Return model inputs, and the length of the prompt in tokens."""
     if row.messages is not None:
-        return _chat_ids(row.messages, tokenizer, length, where)
+        return _chat_ids(row.messages, tokenizer, calibration.mask_prompt, length, where)
     first, second = row.text if isinstance(row.text, tuple) else (row.text, None)
     encoded = tokenizer(first, second, truncation=True, max_length=length)
     inputs = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
@@ -78,19 +81,14 @@ def _ids(
 
 
 def _chat_ids(
-    messages: Any, tokenizer: Any, length: int, where: str
+    messages: Any, tokenizer: Any, mask_prompt: bool, length: int, where: str
 ) -> tuple[dict[str, list[int]], int]:
     """Render a chat; its prompt is everything before the last message."""
     if not tokenizer.chat_template:
         raise CalibrationError(
             "this model's tokenizer has no chat template; name a plain text column, `text:`."
         )
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    before = (
-        tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        if len(messages) > 1
-        else ""
-    )
+    whole = _render(messages, tokenizer, where)
     encoded = tokenizer(
         whole,
         add_special_tokens=False,
@@ -99,15 +97,26 @@ def _chat_ids(
         return_offsets_mapping=tokenizer.is_fast,
     )
     inputs = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
+    if not mask_prompt or len(messages) < 2:
+        return inputs, 0
+    before = _render(messages[:-1], tokenizer, where, add_generation_prompt=True)
     if not whole.startswith(before):
         raise CalibrationError(
             f"{where}: the chat template does not render the prompt as a part of the whole chat, "
             "so it cannot be masked."
         )
-    prompt = len(tokenizer(before, add_special_tokens=False)["input_ids"])
     if tokenizer.is_fast:
-        prompt = sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
+        return inputs, sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
+    prompt = len(tokenizer(before, add_special_tokens=False)["input_ids"])
     return inputs, min(prompt, len(inputs["input_ids"]))
+
+
+def _render(messages: Any, tokenizer: Any, where: str, **options: bool) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program: roles that do not alternate, …
+        raise CalibrationError(f"{where}: the chat template refuses this chat: {error}") from None
+    return text
 
 
 def _class_index(label: int | str, config: PretrainedConfig, where: str) -> int:

@@ -13,19 +13,26 @@ import torch
 import transformers
 
 from fisher_mergekit import __version__
-from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.errors import CalibrationError, SidecarError
+from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.encoding import encode, fingerprint
 from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.session import Session
-from fisher_mergekit.measure.subject import Subject, architecture_of, load_subject
+from fisher_mergekit.measure.subject import (
+    Subject,
+    check_tensors,
+    load_subject,
+    read_config,
+    read_tokenizer,
+)
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
 from fisher_mergekit.sidecar.reader import Sidecar
-from fisher_mergekit.sidecar.writer import SHARD_SIZE, describe, write_sidecar
+from fisher_mergekit.sidecar.writer import SHARD_SIZE, check_writable, describe, write_sidecar
 
 _SOURCE_KEYS = (
     "path", "name", "split", "data_files", "text", "messages", "label", "shuffle",
@@ -114,19 +121,52 @@ def _source(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def check(job: Job) -> None:
-    """Find out what can be wrong with a job before any model is loaded.
+@dataclass(frozen=True)
+class Prepared:
+    """A job of which everything is read and checked but the model itself.
+
+    Attributes:
+        job: what is to be measured.
+        tokenizer: the model's own.
+        likelihood: what log p(y|x) is for its head.
+        estimator: the one asked for, or the likelihood's default.
+        examples: the calibration data as the model will see it.
+    """
+
+    job: Job
+    tokenizer: Any
+    likelihood: Likelihood
+    estimator: str
+    examples: list[Example]
+
+
+def prepare(job: Job) -> Prepared:
+    """Find out all that can be wrong with a job before any model is loaded.
 
     Raises:
-        FisherMergekitError: damaged files, an unknown head, or unusable calibration data.
+        FisherMergekitError: damaged or incomplete files, an unknown head, an estimator that does
+            not fit it, or unusable calibration data.
     """
-    Checkpoint(job.folder)
-    architecture = architecture_of(job.folder, trust_remote_code=job.trust_remote_code)
-    likelihood_for(architecture)
-    load_rows(job.calibration)
+    calibration = job.calibration
+    checkpoint = Checkpoint(job.folder)
+    config, architecture = read_config(job.folder, trust_remote_code=job.trust_remote_code)
+    likelihood = likelihood_for(architecture)
+    estimator = calibration.estimator or likelihood.default_estimator
+    likelihood.check(config, estimator)
+    check_tensors(config, architecture, checkpoint)
+    tokenizer = read_tokenizer(job.folder, trust_remote_code=job.trust_remote_code)
+    examples = encode(load_rows(calibration), tokenizer, config, calibration)
+    unlabelled = [e.number for e in examples if e.label is None]
+    if estimator == "empirical" and likelihood.needs_label and unlabelled:
+        raise CalibrationError(
+            f"the empirical estimator needs labels, and example {unlabelled[0]} has none. Name the "
+            "column: `label: COLUMN` (--label)."
+        )
+    check_writable(job.out)
+    return Prepared(job, tokenizer, likelihood, estimator, examples)
 
 
-def precompute(job: Job, progress: Progress = lambda done, total: None) -> Header:
+def precompute(prepared: Prepared, progress: Progress = lambda done, total: None) -> Header:
     """Measure one model and write its sidecar.
 
     Returns:
@@ -136,18 +176,16 @@ def precompute(job: Job, progress: Progress = lambda done, total: None) -> Heade
         FisherMergekitError: what is wrong, where, and what mends it. Nothing partial is left.
     """
     start = time.perf_counter()
+    job, examples = prepared.job, prepared.examples
     calibration = job.calibration
-    rows = load_rows(calibration)
+    likelihood, estimator = prepared.likelihood, prepared.estimator
     subject = load_subject(
         job.folder,
+        prepared.tokenizer,
         dtype=getattr(torch, calibration.dtype),
         device=job.device,
         trust_remote_code=job.trust_remote_code,
     )
-    likelihood = likelihood_for(subject.architecture)
-    likelihood.check(subject.config)
-    examples = encode(rows, subject.tokenizer, subject.config, calibration)
-    estimator = calibration.estimator or likelihood.default_estimator
     session = Session(
         model=subject.model,
         likelihood=likelihood,

@@ -77,13 +77,18 @@ class Session:
             advance: called with the number of examples after each batch.
 
         Raises:
-            MeasureError: a gradient is not finite.
+            MeasureError: a gradient is not finite, or all of them are zero.
         """
         self.verify(examples)
         for batch in batches(examples, batch_size, self.pad_token_id):
             self._add_batch(batch.to(self.device))
             advance(len(batch))
         totals = self._taps.totals
+        if not any(total.any() for total in totals.values()):
+            raise MeasureError(
+                "the Fisher is zero everywhere: nothing in the calibration data is scored "
+                "(one-token texts, or all of them prompt), or the model is sure of all of it."
+            )
         for name, parameter in self.model.named_parameters():
             if not totals[parameter].div_(len(examples)).isfinite().all():
                 raise MeasureError(
@@ -181,7 +186,7 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.detach().double().square().mean().sqrt())
 
 
 def _differ(found: Tensor, expected: Tensor, tolerance: float, noise: float) -> bool:

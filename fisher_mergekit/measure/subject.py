@@ -31,7 +31,6 @@ class Subject:
 
     Attributes:
         model: on its device, in the dtype to compute in.
-        tokenizer: its tokenizer.
         architecture: name of its transformers class.
         checkpoint: its files.
         names: every floating tensor in the files that is a parameter, and that parameter.
@@ -39,7 +38,6 @@ class Subject:
     """
 
     model: nn.Module
-    tokenizer: Any
     architecture: str
     checkpoint: Checkpoint
     names: dict[str, nn.Parameter]
@@ -65,15 +63,15 @@ class Subject:
         }
 
 
-def architecture_of(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """Return the transformers class that a checkpoint was saved from.
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
+    """Return a checkpoint's configuration, and the transformers class that it was saved from.
 
     Raises:
         CheckpointError: no readable config.json, or one that names no architecture.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a validator of its own for every field of every architecture
         raise CheckpointError(
             f"{folder} is not a model that transformers can read: {error}"
         ) from None
@@ -81,11 +79,52 @@ def architecture_of(folder: Path, *, trust_remote_code: bool = False) -> str:
         raise CheckpointError(
             f"{folder}/config.json names no architecture; save the model with save_pretrained."
         )
-    return str(config.architectures[0])
+    return config, str(config.architectures[0])
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers' own errors are bare Exceptions
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can read: {error}"
+        ) from None
+
+
+def check_tensors(config: PretrainedConfig, architecture: str, checkpoint: Checkpoint) -> None:
+    """Find out, without loading the model, whether the files hold all of it and no NaN.
+
+    Raises:
+        CheckpointError: a configuration that describes no model.
+        MeasureError: a parameter without a tensor, or a value that is not finite.
+    """
+    if not hasattr(transformers, architecture):
+        return  # remote code is not run before it has to be
+    try:
+        with torch.device("meta"):
+            skeleton = getattr(transformers, architecture)(config)
+    except Exception as error:  # whatever its code stumbles over
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json describes no {architecture} that transformers can "
+            f"build: {error}"
+        ) from None
+    for name, match in _match(skeleton, checkpoint)[0].items():
+        values = checkpoint.load(name)
+        if not values.isfinite().all():
+            raise MeasureError(
+                f"{name} in {checkpoint[name].file} holds NaN or infinity ({match}). Nothing that "
+                "is computed with this model means anything; save it again from a sound copy."
+            )
 
 
 def load_subject(
     folder: Path,
+    tokenizer: Any,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -99,25 +138,22 @@ def load_subject(
             not simply tensors of its files.
     """
     checkpoint = Checkpoint(folder)
-    architecture = architecture_of(folder, trust_remote_code=trust_remote_code)
+    _, architecture = read_config(folder, trust_remote_code=trust_remote_code)
     model_class = _model_class(architecture)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model, info = model_class.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        model = model_class.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:4])
-        raise MeasureError(
-            f"{folder} lacks {len(info['missing_keys'])} tensors of {architecture} ({missing}); "
-            "transformers would fill them with random numbers. Only a whole model can be measured."
-        )
     model.config.use_cache = False
     _settle_padding(model.config, tokenizer)
-    names, unmeasured = _match(model, checkpoint, dtype)
-    return Subject(model.to(device), tokenizer, architecture, checkpoint, names, unmeasured)
+    names, unmeasured = _match(model, checkpoint)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, match in names.items():
+        _compare(checkpoint, name, match, parameters[match])
+    measured = {name: parameters[match] for name, match in names.items()}
+    return Subject(model.to(device), architecture, checkpoint, measured, unmeasured)
 
 
 def _model_class(architecture: str) -> Any:
@@ -140,49 +176,59 @@ def _settle_padding(config: PretrainedConfig, tokenizer: Any) -> None:
     for candidate in candidates:
         if isinstance(candidate, list):
             candidate = candidate[0]
-        if candidate is not None and candidate >= 0:
+        if candidate is not None and 0 <= candidate < config.vocab_size:
             config.pad_token_id = int(candidate)
             return
     config.pad_token_id = 0
 
 
-def _match(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype
-) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """Match the tensors in the files with the parameters in memory, by name and by value."""
+def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """Match the floating tensors in the files with the parameters in memory, by name.
+
+    Returns:
+        The parameter's name by the tensor's, and why the other tensors are not measured.
+
+    Raises:
+        MeasureError: a parameter has no tensor.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     prefix = getattr(model, "base_model_prefix", "")
-    names: dict[str, nn.Parameter] = {}
+    names: dict[str, str] = {}
     unmeasured: dict[str, str] = {}
     for name, info in checkpoint.items():
         if not info.is_floating:
             continue
         spellings = list(_spellings(name, prefix))
         match = next((s for s in spellings if s in parameters), None)
-        if match is None:
-            is_buffer = any(s in buffers for s in spellings)
-            unmeasured[name] = "a buffer" if is_buffer else f"not used by {type(model).__name__}"
-            continue
-        parameter = parameters[match]
-        stored = checkpoint.load(name)
-        if stored.shape != parameter.shape or not torch.equal(
-            stored.to(dtype).nan_to_num(), parameter.detach().nan_to_num()
-        ):
-            raise MeasureError(
-                f"{name} in {info.file} is not what {type(model).__name__} holds as {match}: "
-                "transformers converts this checkpoint while loading, which cannot be measured yet."
-            )
-        names[name] = parameter
-    found = set(names.values())
+        if match is not None:
+            names[name] = match
+        elif any(s in buffers for s in spellings):
+            unmeasured[name] = "a buffer"
+        else:
+            unmeasured[name] = f"not used by {type(model).__name__}"
+    found = {parameters[match] for match in names.values()}
     lost = [name for name, p in model.named_parameters() if p not in found]
     if lost:
         raise MeasureError(
-            f"{len(lost)} parameters of {type(model).__name__}, for example {lost[0]}, have no "
-            f"tensor of their own in {checkpoint.folder}: transformers converts this checkpoint "
-            "while loading, which cannot be measured yet."
+            f"{checkpoint.folder} has no tensors for {len(lost)} parameters of "
+            f"{type(model).__name__} ({', '.join(lost[:4])}). Only a whole model can be measured: "
+            "transformers would fill in random numbers, or make them from other tensors while "
+            "loading, which cannot be measured yet."
         )
     return names, unmeasured
+
+
+def _compare(checkpoint: Checkpoint, name: str, match: str, parameter: nn.Parameter) -> None:
+    """Raise MeasureError if the parameter is not the very tensor in the file."""
+    stored = checkpoint.load(name)
+    if stored.shape != parameter.shape or not torch.equal(
+        stored.to(parameter.dtype).nan_to_num(), parameter.detach().nan_to_num()
+    ):
+        raise MeasureError(
+            f"{name} in {checkpoint[name].file} is not what the model holds as {match}: "
+            "transformers converts this checkpoint while loading, which cannot be measured yet."
+        )
 
 
 def _spellings(name: str, prefix: str) -> Iterator[str]:

@@ -8,9 +8,13 @@ KIND_NAMES = {"fisher": "diagonal Fisher information"}
 
 _DATA_FIRST = ("path", "name", "split", "text", "messages", "label")
 
+PAGE_NAME = "README.md"
+PAGE_MARK = "library_name: fisher_mergekit"
+"""By this line a page of ours is known."""
+
 _PAGE = """\
 ---
-library_name: fisher_mergekit
+{mark}
 tags: [fisher, mergekit, merge]
 ---
 # What {reference} is sure of
@@ -47,6 +51,7 @@ def render_page(header: Header) -> str:
     """Return the Markdown page of a sidecar."""
     model = header.model
     return _PAGE.format(
+        mark=PAGE_MARK,
         reference=model.reference,
         revision=f" at revision `{model.revision}`" if model.revision else "",
         architecture=model.architecture,

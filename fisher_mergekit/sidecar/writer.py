@@ -22,7 +22,7 @@ from fisher_mergekit.sidecar.header import (
     ModelIdentity,
     PrecisionRecord,
 )
-from fisher_mergekit.sidecar.page import render_page
+from fisher_mergekit.sidecar.page import PAGE_MARK, PAGE_NAME, render_page
 from fisher_mergekit.sidecar.reader import checksum, read_header
 
 SHARD_SIZE = 5_000_000_000
@@ -38,6 +38,17 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, PrecisionRecord]:
         )
         for name, tensor in tensors.items()
     }
+
+
+def check_writable(folder: Path) -> None:
+    """Raise SidecarError, before hours of measuring, if a sidecar cannot be written there."""
+    folder = folder.absolute()
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise SidecarError(
+            f"cannot write the sidecar {folder}: {place} is not a folder that you may write to. "
+            "Choose another (--out, or `sidecar:` in the recipe)."
+        )
 
 
 def write_sidecar(
@@ -68,12 +79,9 @@ def write_sidecar(
         folder.mkdir(parents=True, exist_ok=True)
         with _partial_files(folder) as partials:
             new = _write_shards(folder, kind, header, tensors, shard_size)
-            new.update(
-                {
-                    "README.md": render_page(header),
-                    HEADER_NAME: header.to_json() + "\n",
-                }
-            )
+            new[HEADER_NAME] = header.to_json() + "\n"
+            if _may_write_page(folder / PAGE_NAME):
+                new[PAGE_NAME] = render_page(header)
             for name, content in new.items():
                 if content is not None:
                     _write_text(partials(name), content)
@@ -110,6 +118,11 @@ def _other_kinds(
         for name, other in header.kinds.items()
         if name != kind and other.weights == measurement.weights
     }
+
+
+def _may_write_page(path: Path) -> bool:
+    """Return whether there is no page yet, or ours: a model's own README.md is not overwritten."""
+    return not path.exists() or PAGE_MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

@@ -31,8 +31,8 @@ class Likelihood(ABC):
         Likelihood.known.append(cls)
 
     @abstractmethod
-    def check(self, config: Any) -> None:
-        """Raise MeasureError if the model's configuration asks for another likelihood."""
+    def check(self, config: Any, estimator: str) -> None:
+        """Raise MeasureError if the configuration asks for another likelihood or estimator."""
 
     @abstractmethod
     def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Categorical(Likelihood):
     default_estimator = "exact"
     needs_label = True
 
-    def check(self, config: Any) -> None:
+    def check(self, config: Any, estimator: str) -> None:
         kind = getattr(config, "problem_type", None)
         if config.num_labels < 2 or kind not in (None, "single_label_classification"):
             raise MeasureError(
@@ -40,9 +40,7 @@ class Categorical(Likelihood):
 
     def observed(self, batch: Batch) -> Tensor:
         if batch.labels is None:
-            raise CalibrationError(
-                "the empirical estimator needs labels. Name the column: `label: COLUMN` (--label)."
-            )
+            raise CalibrationError("the empirical estimator needs a label for every example.")
         return batch.labels
 
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:

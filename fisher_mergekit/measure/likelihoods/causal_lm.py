@@ -31,8 +31,13 @@ class CausalLM(Likelihood):
     default_estimator = "sampled"
     needs_label = False
 
-    def check(self, config: Any) -> None:
-        pass
+    def check(self, config: Any, estimator: str) -> None:
+        if estimator == "exact":
+            raise MeasureError(
+                "the exact estimator would need one backward pass for each of the "
+                f"{config.vocab_size:,} tokens of the vocabulary. Use `estimator: sampled`, which "
+                "is unbiased and needs one."
+            )
 
     def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:
         scored = batch.scored[:, 1:]
@@ -61,8 +66,4 @@ class CausalLM(Likelihood):
         return batch.inputs["input_ids"][:, 1:]
 
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
-        raise MeasureError(
-            "the exact estimator would need one backward pass for each of the "
-            f"{logits.shape[-1]:,} tokens of the vocabulary. Use `estimator: sampled`, which is "
-            "unbiased and needs one."
-        )
+        raise NotImplementedError("`check` refuses the exact estimator")
