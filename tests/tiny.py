@@ -1,12 +1,18 @@
-"""Tiny models in memory, examples for them, and one call that measures them."""
+"""Tiny models in memory and on disk, examples for them, and one call that measures them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import transformers
-from models import FAMILIES, VOCABULARY
+from models import FAMILIES, VOCABULARY, make_model, read, rewrite
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.batches import Example
@@ -121,3 +127,68 @@ def measured(
     if fast:
         assert session.loose == ()
     return {name: totals[parameter].clone() for name, parameter in model.named_parameters()}
+
+
+WORDS = [
+    *("the", "a", "good", "bad", "film", "cat", "dog", "sat", "ran", "is"),
+    *("was", "very", "not", "we", "you", "like", "saw", "no", "user", "model"),
+]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}model {% endif %}"
+)
+"""Chats of the roles `user` and `model`, which are words of the vocabulary."""
+
+
+def save_tokenizer(folder: Path, family: str = "bert", *, chat: str | None = None) -> Path:
+    """Save a word-level tokenizer of `VOCABULARY` words with a model, made without a network."""
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
+    assert len(vocabulary) == VOCABULARY
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    if family in ("bert", "roberta", "distilbert"):
+        tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")],
+        )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=12,
+        # Also for models that have no such input: a generic tokenizer does not know its model.
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    fast.chat_template = chat
+    fast.save_pretrained(folder)
+    return folder
+
+
+def save_model(folder: Path, family: str = "bert", *, chat: str | None = None, **options) -> Path:
+    """Save a tiny model with its tokenizer."""
+    if family == "roberta":
+        options = {"pad_token_id": PAD, **options}
+    make_model(folder, family, **options)
+    # Of unit variance it would be sure of everything, and float32 would lose digits of 1 - p.
+    rewrite(folder, {name: 0.4 * tensor for name, tensor in read(folder).items()})
+    return save_tokenizer(folder, family, chat=chat)
+
+
+ROWS = [
+    {"text": "the film was very good", "pair": "we like the film", "label": 1},
+    {"text": "a bad film", "pair": "no", "label": 0},
+    {"text": "the cat sat", "pair": "the dog ran", "label": 2},
+    {"text": "not good not very good", "pair": "bad", "label": 0},
+    {"text": "we saw you", "pair": "you saw the cat and the dog", "label": 1},
+    {"text": "is the dog good", "pair": "the dog is very very good", "label": 2},
+    {"text": "no", "pair": "we like no cat", "label": 0},
+]
+"""Calibration data of three classes, of different lengths."""
+
+
+def write_rows(path: Path, rows: Sequence[dict] = ROWS) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
