@@ -127,7 +127,8 @@ def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Ro
     label = None if calibration.label is None else column(calibration.label)
     if calibration.messages is not None:
         messages = column(calibration.messages)
-        if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        is_chat = isinstance(messages, Sequence) and len(messages) > 0
+        if not is_chat or not all(isinstance(m, Mapping) and "role" in m for m in messages):
             raise CalibrationError(
                 f"{where}: column {calibration.messages!r} is no chat; expected a list of "
                 "{role, content} entries."
