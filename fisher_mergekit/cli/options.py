@@ -28,11 +28,9 @@ def apply_common_options(verbosity: int, quiet: bool, num_threads: int | None) -
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     if quiet:
         import datasets
-        import huggingface_hub.utils
         import transformers.utils.logging
 
         datasets.disable_progress_bars()
-        huggingface_hub.utils.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     if num_threads is not None:
         import torch

@@ -16,7 +16,7 @@ from fisher_mergekit.errors import FisherMergekitError, PlanningError, RecipeErr
 from fisher_mergekit.measure.precompute import Job, Prepared, existing_sidecar, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
 from fisher_mergekit.recipe import Calibration, read_calibration, read_recipe
-from fisher_mergekit.sidecar.location import default_location
+from fisher_mergekit.sidecar.location import reading_place, writing_place
 
 _CALIBRATION_FLAGS = (
     ("--path", "path", str, "Calibration data: a local file or a `datasets` name."),
@@ -109,13 +109,16 @@ def precompute(
     valid: list[Job] = []
     waiting: list[Prepared] = []
     problems: list[str] = []
-    for reference, place, default_kind, calibration in _requests(recipe, model, out, overrides):
+    for reference, given, default_kind, calibration in _requests(recipe, model, out, overrides):
+        path = reference.model
         try:
+            folder = _folder(reference, transformers_cache)
             job = Job(
-                reference=str(reference),
-                revision=reference.model.revision,
-                folder=_folder(reference, transformers_cache),
-                out=place,
+                reference=path.path,
+                revision=path.revision,
+                folder=folder,
+                present=given or reading_place(path.path, path.revision, folder),
+                out=given or writing_place(path.path, path.revision),
                 kind=kind or default_kind,
                 calibration=calibration,
                 **options,
@@ -130,7 +133,7 @@ def precompute(
         raise PlanningError(problems)
     for job in valid:
         if not quiet:
-            click.echo(f"{job.reference}: {job.out} is valid, nothing to measure.")
+            click.echo(f"{job.reference}: {job.present} is valid, nothing to measure.")
     for prepared in waiting:
         job = prepared.job
         with _ProgressBar(f"Measuring {job.reference}", quiet) as progress:
@@ -182,16 +185,15 @@ def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
 
 def _requests(
     recipe_path: Path | None, model: str | None, out: Path | None, overrides: dict[str, Any]
-) -> list[tuple[ModelReference, Path, str, Calibration]]:
-    """Return (model, sidecar folder, kind, calibration) of everything that is asked for."""
+) -> list[tuple[ModelReference, Path | None, str, Calibration]]:
+    """Return (model, sidecar if named, kind, calibration) of everything that is asked for."""
     if recipe_path is None:
         if model is None:
             raise RecipeError(
                 "give a recipe, or one model: --model MODEL --path DATA --text COLUMN"
             )
         reference = ModelReference.parse(model)
-        place = out or default_location(reference.model.path, reference.model.revision)
-        return [(reference, place, "fisher", read_calibration(overrides, where="flags"))]
+        return [(reference, out, "fisher", read_calibration(overrides, where="flags"))]
     recipe = read_recipe(recipe_path)
     chosen = [m for m in recipe.models if model is None or str(m.reference) == model]
     if not chosen:
@@ -201,14 +203,10 @@ def _requests(
         raise RecipeError("--out is the folder of one sidecar: name the model too, --model MODEL.")
     requests = []
     for entry in chosen:
-        path = entry.reference.model
-        place = out or entry.sidecar or default_location(path.path, path.revision)
-        if place.suffix == ".safetensors":
-            place = place.parent
         calibration = read_calibration(
             entry.calibration.model_dump(exclude_unset=True), overrides, where="flags"
         )
-        requests.append((entry.reference, place, recipe.kind, calibration))
+        requests.append((entry.reference, out or entry.sidecar, recipe.kind, calibration))
     return requests
 
 

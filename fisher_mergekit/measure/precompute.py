@@ -50,7 +50,8 @@ class Job:
     Attributes:
         reference: the model as the user typed it, and its revision.
         folder: its local files.
-        out: its sidecar folder.
+        present: where its sidecar is read from, if it has one already.
+        out: the folder to write its sidecar to.
         kind: what to measure.
         calibration: on what, and how.
     """
@@ -58,6 +59,7 @@ class Job:
     reference: str
     revision: str | None
     folder: Path
+    present: Path
     out: Path
     kind: str
     calibration: Calibration
@@ -73,7 +75,7 @@ def existing_sidecar(job: Job) -> Sidecar | None:
         SidecarError: it is valid, but was measured in another way than the recipe asks for.
     """
     try:
-        sidecar = Sidecar(job.out, job.kind)
+        sidecar = Sidecar(job.present, job.kind)
     except SidecarError:
         return None
     checkpoint = Checkpoint(job.folder)
@@ -83,7 +85,8 @@ def existing_sidecar(job: Job) -> Sidecar | None:
     differences = _differences(job, sidecar.measurement)
     if differences:
         raise SidecarError(
-            f"{job.out} was measured in another way than asked for now: {'; '.join(differences)}. "
+            f"{job.present} was measured in another way than asked for now: "
+            f"{'; '.join(differences)}. "
             "Measure it again with --force, or ask for what is there."
         )
     return sidecar
@@ -148,6 +151,11 @@ def prepare(job: Job) -> Prepared:
             not fit it, or unusable calibration data.
     """
     calibration = job.calibration
+    if job.out.suffix == ".safetensors":
+        raise SidecarError(
+            f"{job.out} is no valid sidecar, and one file is not what is written: name the folder, "
+            f"`sidecar: {job.out.parent}`."
+        )
     checkpoint = Checkpoint(job.folder)
     config, architecture = read_config(job.folder, trust_remote_code=job.trust_remote_code)
     likelihood = likelihood_for(architecture)

@@ -16,7 +16,7 @@ from fisher_mergekit.merging.slots import Files, Slot
 from fisher_mergekit.precision.fisher import root_mean_square
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
-from fisher_mergekit.sidecar.location import default_location
+from fisher_mergekit.sidecar.location import reading_place
 from fisher_mergekit.sidecar.reader import Sidecar
 
 MEASURE = "Run: mergekit-fisher precompute RECIPE"
@@ -84,8 +84,8 @@ def open_all(
     opened: dict[ModelReference, ModelSidecar] = {}
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
     for model in counting:
-        path = given.get(model) or default_location(
-            model.model.path, model.model.revision, snapshot=files[model].folder
+        path = given.get(model) or reading_place(
+            model.model.path, model.model.revision, files[model].folder
         )
         # A source that several outputs share is one tensor of the model, and counts once.
         names = dict.fromkeys(

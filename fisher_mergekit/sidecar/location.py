@@ -21,20 +21,28 @@ def cache_home() -> Path:
     return Path(base) / "fisher_mergekit"
 
 
-def default_location(
-    reference: str, revision: str | None = None, *, snapshot: Path | None = None
-) -> Path:
-    """Return `sidecar/` in the model's own folder, or the user's cache for a Hub model without one.
+def writing_place(reference: str, revision: str | None = None) -> Path:
+    """Return where a model's sidecar is written: in its own folder, or the user's cache.
 
     Args:
         reference: a local folder, or a Hub model's name.
         revision: the Hub model's revision, if one was asked for.
-        snapshot: where the Hub model's files were downloaded to: its author may have published a
-            sidecar among them.
     """
     if Path(reference).is_dir():
         return Path(reference) / FOLDER_NAME
-    if snapshot is not None and (snapshot / FOLDER_NAME).is_dir():
-        return snapshot / FOLDER_NAME
     name = reference if revision is None else f"{reference}@{revision}"
     return cache_home() / re.sub(r"[^\w.@-]+", "--", name)
+
+
+def reading_place(reference: str, revision: str | None, snapshot: Path) -> Path:
+    """Return where a model's sidecar is read from.
+
+    What the user has measured comes first; then what the model's author has published.
+
+    Args:
+        reference: a local folder, or a Hub model's name.
+        revision: the Hub model's revision, if one was asked for.
+        snapshot: the folder of the model's files; of a Hub model, its download.
+    """
+    own, published = writing_place(reference, revision), snapshot / FOLDER_NAME
+    return published if published.is_dir() and not own.is_dir() else own
