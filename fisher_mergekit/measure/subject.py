@@ -101,7 +101,7 @@ def check_tensors(config: PretrainedConfig, architecture: str, checkpoint: Check
 
     Raises:
         CheckpointError: a configuration that describes no model.
-        MeasureError: a parameter without a tensor, or a value that is not finite.
+        MeasureError: a parameter without a tensor of its shape, or a value that is not finite.
     """
     if not hasattr(transformers, architecture):
         return  # remote code is not run before it has to be
@@ -189,7 +189,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], di
         The parameter's name by the tensor's, and why the other tensors are not measured.
 
     Raises:
-        MeasureError: a parameter has no tensor.
+        MeasureError: a parameter has no tensor, or one of another shape.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -203,6 +203,13 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], di
         match = next((s for s in spellings if s in parameters), None)
         if match is not None:
             names[name] = match
+            needed = parameters[match].shape
+            if info.shape != needed:
+                raise MeasureError(
+                    f"{name} in {info.file} has shape {list(info.shape)}, but by config.json "
+                    f"{type(model).__name__} has {list(needed)} there. Weights and configuration "
+                    "must belong together."
+                )
         elif any(s in buffers for s in spellings):
             unmeasured[name] = "a buffer"
         else:
@@ -222,9 +229,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], di
 def _compare(checkpoint: Checkpoint, name: str, match: str, parameter: nn.Parameter) -> None:
     """Raise MeasureError if the parameter is not the very tensor in the file."""
     stored = checkpoint.load(name)
-    if stored.shape != parameter.shape or not torch.equal(
-        stored.to(parameter.dtype).nan_to_num(), parameter.detach().nan_to_num()
-    ):
+    if not torch.equal(stored.to(parameter.dtype), parameter.detach()):
         raise MeasureError(
             f"{name} in {checkpoint[name].file} is not what the model holds as {match}: "
             "transformers converts this checkpoint while loading, which cannot be measured yet."
