@@ -158,6 +158,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files: dict[Path, set[str] | None] = {}
                 for name, file in weight_map.items():
+                    if file != Path(file).name:
+                        raise CheckpointError(f"{index} points outside its folder, to {file!r}.")
                     names = files.setdefault(self.folder / file, set())
                     assert names is not None
                     names.add(name)

@@ -41,7 +41,11 @@ def read_header(path: Path) -> Header | None:
     file_path = path / HEADER_NAME
     if not file_path.exists():
         return None
-    return Header.from_json(file_path.read_bytes(), file_path)
+    try:
+        content = file_path.read_bytes()
+    except OSError as error:
+        raise SidecarError(f"cannot read {file_path}: {error.strerror or error}.") from error
+    return Header.from_json(content, file_path)
 
 
 class Sidecar(Mapping[str, TensorInfo]):
