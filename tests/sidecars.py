@@ -1,0 +1,61 @@
+"""Small sidecars of made-up weights, written and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fisher_mergekit.sidecar.header import Measurement, ModelIdentity, Settings, WeightRecord
+from fisher_mergekit.sidecar.reader import Sidecar
+from fisher_mergekit.sidecar.writer import describe, write_sidecar
+
+KIND = "fisher"
+
+
+def values(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (3, 4), "scalar": ()}
+    return {n: torch.rand(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
+
+
+def measurement(
+    tensors: dict[str, Tensor], *, weights: str = "w", wall: float = 1.0
+) -> Measurement:
+    return Measurement(
+        settings=Settings(
+            estimator="exact", unit="sequence", likelihood="categorical",
+            examples=8, tokens=64, max_length=16, seed=0,
+        ),
+        calibration={"path": "made-up"},
+        weights={
+            name: WeightRecord(dtype="F32", shape=tuple(t.shape), digest=f"{weights}-{name}")
+            for name, t in tensors.items()
+        },
+        tensors=describe(tensors),
+        wall_seconds=wall,
+    )  # fmt: skip
+
+
+def write(
+    folder: Path,
+    kind: str = KIND,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard_size: int = 1 << 30,
+    **options: object,
+) -> Path:
+    """Write a sidecar; the same arguments give the same content."""
+    tensors = values(seed, dtype)
+    identity = ModelIdentity(reference="./made-up", architecture="MadeUp")
+    described = measurement(tensors, **options)  # type: ignore[arg-type]
+    write_sidecar(folder, kind, identity, described, tensors, shard_size=shard_size)
+    return folder
+
+
+def open_and_load(path: Path, kind: str = KIND) -> dict[str, Tensor]:
+    """Read everything, off the file."""
+    sidecar = Sidecar(path, kind)
+    return {name: sidecar.load(name).clone() for name in sidecar}
