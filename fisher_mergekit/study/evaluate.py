@@ -7,6 +7,7 @@ difference: with dₙ ∈ {−1, 0, 1} per example it is mean(d) ± √(var(d) /
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fisher_mergekit.errors import FisherMergekitError
-from fisher_mergekit.study.finetune import hushed_transformers, pad
+from fisher_mergekit.study.finetune import batches, hushed_transformers, pad
 from fisher_mergekit.study.tasks import Examples, Task
 
 Progress = Callable[[int], object]
@@ -97,11 +98,11 @@ def score(
         progress: called after each batch.
     """
     encoded = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     correct = [False] * len(encoded)
+    # In an order of mixed lengths a progress bar's ETA can be believed.
+    order = batches([len(tokens) for tokens in encoded], batch_size, random.Random(0))
     with torch.inference_mode():
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
+        for chosen in order:
             logits = classifier(**pad(tokenizer, [encoded[i] for i in chosen])).logits
             for i, answer in zip(chosen, logits.argmax(-1).tolist(), strict=True):
                 correct[i] = answer == examples.labels[i]

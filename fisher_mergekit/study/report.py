@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import dist, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ COLORS = {"linear": "#777777", "fisher": "#1f6fb4"}
 
 EQUAL = 0.5
 """The share of the first model when both lambdas are the same."""
+
+CROWDED = 4.0
+"""So near to a specialist, in percent, a merge is drawn without its lambda."""
 
 Scores = Mapping[str, Score]
 """One model's score on each task, by the task's name."""
@@ -104,10 +107,10 @@ def table(results: Results) -> Table:
     chosen_on = " + ".join(f"{len(task.validation):,}" for task in results.tasks)
     out = Table(
         title="Accuracy on held-out examples (%, ± standard error)",
-        caption=f"lambda: of the {names[0]} and of the {names[1]} specialist; (*) best mean "
-        f"accuracy on {chosen_on} validation examples.\n"
-        "A specialist on the other task: its body under that task's head. "
-        "Gain: Fisher − isotropic, paired.",
+        caption=f"lambda: of the {names[0]} and of the {names[1]} specialist;\n"
+        f"  * chosen for the best mean on {chosen_on} validation examples\n"
+        "specialist on the other task: its body under that task's head\n"
+        "gain: Fisher − isotropic, on the same examples",
         caption_justify="left",
     )
     out.add_column("")
@@ -162,10 +165,13 @@ def picture(results: Results, file: Path) -> None:
         axes.plot(*zip(*map(at, curve), strict=True), "-", color=color, lw=1.6, label=name)
         # The text stands outside the bend, Fisher's above and isotropic's below.
         side = 1 if method == "fisher" else -1
+        corners = [at(curve[0]), at(curve[-1])]
         for point in curve[1:-1]:
             chosen = point.share == best
             axes.plot(*at(point), "o", color=color, ms=9 if chosen else 4.5, mec="white", mew=0.8,
                       zorder=4 if chosen else 3)  # fmt: skip
+            if min(dist(at(point), corner) for corner in corners) < CROWDED:
+                continue
             axes.annotate(f"{point.share:g}", at(point), fontsize=7, color=color,
                           xytext=(4 * side, 4 * side), textcoords="offset points",
                           ha="left" if side > 0 else "right",

@@ -67,13 +67,15 @@ class Sizes:
 
 
 def split(name: str, labels: Sequence[str], rows: Rows, sizes: Sizes, *, seed: int = 0) -> Task:
-    """Make a task of (text, label) rows: repeated texts dropped, shuffled, cut in three.
+    """Make a task of (text, label) rows: each text once and on one line,
+    shuffled, cut in three.
 
     Raises:
         FisherMergekitError: fewer different texts than the sizes ask for.
     """
-    # Sorted: the order in which files are found is not the same on every machine.
-    unique = sorted({text.strip(): label for text, label in sorted(rows)}.items())
+    # Sorted: the order in which files are found is not the same on every machine. One line each:
+    # some texts hold characters that a reader of lines may take for a line's end.
+    unique = sorted({" ".join(text.split()): label for text, label in sorted(rows)}.items())
     if sizes.total > len(unique):
         raise FisherMergekitError(
             f"{name} has {len(unique):,} different texts; {sizes.train:,} to train on, "

@@ -36,6 +36,11 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_rows():
     assert make(seed=1) != make(seed=2)
 
 
+def test_a_text_is_one_line():
+    task = make([("two\u0085  lines\n", 0)], sizes=(1, 0, 0))
+    assert task.train.texts == ("two lines",)
+
+
 def test_asking_for_more_texts_than_there_are_says_how_many_there_are():
     with pytest.raises(FisherMergekitError, match="toy has 20 different texts; 12 to train on"):
         make(sizes=(12, 4, 5))
