@@ -1,7 +1,16 @@
 """What holds for all tests."""
 
+import pytest
 from hypothesis import settings
 
 # A machine that does other work as well must not fail a law; and a run leaves nothing behind.
 settings.register_profile("laws", deadline=None, database=None)
 settings.load_profile("laws")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny tensors gain nothing from threads, and those of parallel tests would fight for cores."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -35,7 +35,7 @@ sizes = st.integers(1, 5)
 kinds = st.lists(st.sampled_from(["product", "scatter"]), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kinds=kinds,
     examples=sizes,
@@ -64,7 +64,7 @@ def test_uses_of_a_matrix_meet_before_the_square(
         check(uses, (rows, width))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     examples=sizes,
     shape=st.lists(sizes, min_size=0, max_size=3).map(tuple),

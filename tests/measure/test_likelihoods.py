@@ -61,7 +61,7 @@ def test_exact_on_a_logistic_regression_is_the_closed_form():
     assert found["unit.bias"].item() == pytest.approx(variance.mean().item(), rel=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(logit, min_size=2, max_size=6))
 def test_the_factor_multiplies_to_the_covariance_of_the_scores(logits):
     """LLᵀ = diag(p) − ppᵀ in C − 1 columns, also where the model is all but sure."""
@@ -73,7 +73,7 @@ def test_the_factor_multiplies_to_the_covariance_of_the_scores(logits):
     torch.testing.assert_close(product, p.diag() - torch.outer(p, p), rtol=1e-9, atol=1e-15)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(-600, 600))
 def test_the_factor_keeps_its_digits_where_a_model_is_sure(gap):
     """p (1 − p) of two classes is e^−|gap| / (1 + e^−|gap|)²: no cancellation against one."""

@@ -103,7 +103,7 @@ def test_a_header_that_cannot_be_read_is_one_sentence(intact, tmp_path):
         Sidecar(folder, KIND)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_flipped_bit_is_found_or_changes_nothing(intact, tmp_path_factory, data):
     """Anywhere in either file: the outcome is an error of ours, or the very same tensors."""
@@ -121,7 +121,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(intact, tmp_path_factory, dat
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_lone_file_with_a_flipped_bit_raises_nothing_foreign(intact, tmp_path_factory, data):
     content = bytearray(intact[FILE])
