@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fisher_mergekit.sidecar.header import Measurement, ModelIdentity, Settings, WeightRecord
+from fisher_mergekit.sidecar.header import (
+    HEADER_NAME,
+    Header,
+    Measurement,
+    ModelIdentity,
+    Settings,
+    WeightRecord,
+)
 from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.sidecar.writer import describe, write_sidecar
 
 KIND = "fisher"
+
+
+def rewrite_header(folder: Path, change: Callable[[dict], object]) -> dict:
+    """Let `change` edit the header's content, and write it as a newer version of us would."""
+    path = folder / HEADER_NAME
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    change(content)
+    content = json.loads(Header.model_validate(content).to_json())
+    path.write_text(json.dumps(content))
+    return content
 
 
 def values(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

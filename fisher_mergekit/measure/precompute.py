@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, SidecarError
@@ -81,6 +82,12 @@ def existing_sidecar(job: Job) -> Sidecar | None:
     checkpoint = Checkpoint(job.folder)
     names = [name for name in sidecar if name in checkpoint]
     if len(names) != len(sidecar) or sidecar.foreign(checkpoint, names):
+        of = sidecar.header.model.reference
+        if job.folder not in job.present.parents and of != job.reference:
+            raise SidecarError(
+                f"{job.present} is the sidecar of other weights, measured as {of}. Give this model "
+                "another `sidecar:` (--out), or write over it with --force."
+            )
         return None
     differences = _differences(job, sidecar.measurement)
     if differences:
@@ -111,17 +118,28 @@ def _differences(job: Job, measurement: Measurement) -> list[str]:
         pairs["seed"] = (settings.seed, asked.seed)
         pairs["mask_prompt"] = (settings.mask_prompt, asked.mask_prompt)
         pairs["sidecar_dtype"] = (settings.dtype, asked.sidecar_dtype)
-        for key, value in _source(asked).items():
-            pairs[key] = (recorded.get(key), value)
+        pairs["dtype"] = (settings.compute_dtype, asked.dtype)
+        source = _source(asked)
+        pairs |= {key: (recorded.get(key), source.get(key)) for key in _SOURCE_KEYS}
+        if "data" in source:
+            pairs["the content of path"] = (recorded.get("data"), source["data"])
     return [f"{key} was {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now]
 
 
 def _source(calibration: Calibration) -> dict[str, Any]:
-    return {
+    """Return which data is meant; `data` is a digest of it where it is a file that is there."""
+    source = {
         key: value
         for key, value in calibration.model_dump(mode="json").items()
         if key in _SOURCE_KEYS and value is not None
     }
+    if calibration.path is not None and Path(calibration.path).is_file():
+        hasher = xxhash.xxh3_128()
+        with open(calibration.path, "rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                hasher.update(chunk)
+        source["data"] = hasher.hexdigest()
+    return source
 
 
 @dataclass(frozen=True)
@@ -166,9 +184,13 @@ def prepare(job: Job) -> Prepared:
     examples = encode(load_rows(calibration), tokenizer, config, calibration)
     unlabelled = [e.number for e in examples if e.label is None]
     if estimator == "empirical" and likelihood.needs_label and unlabelled:
+        remedy = (
+            "Name the column: `label: COLUMN` (--label)."
+            if calibration.label is None
+            else f"Fill its column {calibration.label!r}, or leave out such rows."
+        )
         raise CalibrationError(
-            f"the empirical estimator needs labels, and example {unlabelled[0]} has none. Name the "
-            "column: `label: COLUMN` (--label)."
+            f"the empirical estimator needs labels, and example {unlabelled[0]} has none. {remedy}"
         )
     check_writable(job.out)
     return Prepared(job, tokenizer, likelihood, estimator, examples)
@@ -207,7 +229,13 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         examples, calibration.batch_size, lambda count: progress(count, len(examples))
     )
     dtype = getattr(torch, calibration.sidecar_dtype)
-    tensors = {name: fishers[p].to("cpu", dtype) for name, p in sorted_names(subject)}
+    tensors: dict[str, torch.Tensor] = {}
+    written: set[torch.nn.Parameter] = set()
+    for name, parameter in sorted_names(subject):
+        tensor = fishers[parameter].to("cpu", dtype)
+        # Files that hold a tied tensor under two names: safetensors writes no shared memory.
+        tensors[name] = tensor.clone() if parameter in written else tensor
+        written.add(parameter)
     measurement = Measurement(
         settings=_settings(calibration, likelihood, estimator, [len(e) for e in examples]),
         calibration={**_source(calibration), "fingerprint": fingerprint(examples)},

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fisher_mergekit.errors import SidecarError
@@ -18,6 +19,7 @@ from fisher_mergekit.errors import SidecarError
 FORMAT = "fisher_mergekit.sidecar"
 FORMAT_VERSION = 1
 HEADER_NAME = "header.json"
+CHECKSUM_KEY = "checksum"
 METADATA_KEY = "fisher_mergekit.header"
 
 
@@ -91,6 +93,7 @@ class Header(_Record):
         if not wall_time:
             for measurement in content["kinds"].values():
                 measurement.pop("wall_seconds", None)
+        content[CHECKSUM_KEY] = _checksum(content)
         return json.dumps(content, indent=indent, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -98,7 +101,7 @@ class Header(_Record):
         """Parse and check a header.
 
         Raises:
-            SidecarError: not JSON, not a header of ours, or of a newer format version.
+            SidecarError: not JSON, not a header of ours, of another format version, or damaged.
         """
         try:
             content = json.loads(text)
@@ -111,6 +114,22 @@ class Header(_Record):
                     f"fisher_mergekit reads version {FORMAT_VERSION}. Install the version that "
                     "wrote it, or measure the model again."
                 )
+            if content.pop(CHECKSUM_KEY, None) != _checksum(content):
+                raise SidecarError(
+                    f"{where} is corrupt: its content is not what was written (checksum differs)."
+                )
             return cls.model_validate(content)
-        except (ValueError, ValidationError) as error:
+        except (ValueError, AttributeError, ValidationError) as error:
             raise SidecarError(f"{where} is not a readable sidecar header ({error}).") from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Return xxh3-128 of all but the checksum and wall times: a flipped digit is a wrong merge."""
+    kinds = {
+        kind: {key: value for key, value in measurement.items() if key != "wall_seconds"}
+        for kind, measurement in content.get("kinds", {}).items()
+    }
+    text = json.dumps(
+        {**content, "kinds": kinds}, sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
+    return xxhash.xxh3_128_hexdigest(text.encode())

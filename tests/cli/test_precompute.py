@@ -132,6 +132,13 @@ class TestARecipe:
         assert "2 problems" in said
         assert said.count("Measure it again with --force, or ask for what is there.") == 2
 
+    def test_data_that_changed_under_the_same_name_is_noticed(self, bert, data):
+        succeed(*flags(bert, data))
+        data.write_text(data.read_text().replace("cat", "dog"))
+        assert "the content of path was" in refuse(*flags(bert, data))
+        data.unlink()  # the measurement stands without the data
+        assert "Measured 0 of 1 models" in succeed(*flags(bert, data))
+
     @pytest.mark.parametrize("change", [["--batch-size", "3"], ["--quiet"], ["-j", "1"]])
     def test_what_changes_no_number_is_no_other_setting(self, done, change):
         path, *_ = done

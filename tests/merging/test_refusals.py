@@ -1,6 +1,5 @@
 """Bad input: every refusal, its words and its remedy; nothing is written before it."""
 
-import json
 import shutil
 
 import pytest
@@ -17,6 +16,7 @@ from models import (
     write_fishers,
 )
 from running import merged, recipe_of
+from sidecars import rewrite_header
 
 from fisher_mergekit.errors import CheckpointError, FisherMergekitError, PlanningError, SidecarError
 
@@ -103,10 +103,10 @@ class TestSidecars:
         assert message.endswith(f"{MEASURE} --force")
 
     def test_other_kind_only(self, pair, tmp_path):
-        path = pair[1] / "sidecar" / "header.json"
-        header = json.loads(path.read_text())
-        header["kinds"]["gram"] = header["kinds"].pop("fisher")
-        path.write_text(json.dumps(header))
+        def rename(content: dict) -> None:
+            content["kinds"]["gram"] = content["kinds"].pop("fisher")
+
+        rewrite_header(pair[1] / "sidecar", rename)
         message = problem(recipe_of(*pair), tmp_path / "out")
         assert "has no complete 'fisher'; it has gram." in message
         assert message.endswith(MEASURE)

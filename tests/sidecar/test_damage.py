@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sidecars import KIND, open_and_load, write
+from sidecars import KIND, open_and_load, rewrite_header, write
 
 from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
 from fisher_mergekit.sidecar.checkpoint import Checkpoint, read_tensor_infos
@@ -60,7 +61,7 @@ PICKLE = pickle.dumps({"a": [1.0] * 50})
         ("header.json", b'{"format": "fisher_mergekit.sidecar", "format_version": 2}',
          "has sidecar format version 2; this fisher_mergekit reads version 1"),
         ("header.json", b'{"format": "fisher_mergekit.sidecar", "format_version": 1}',
-         "is not a readable sidecar header"),
+         "is corrupt: its content is not what was written"),
     ],
 )  # fmt: skip
 def test_each_damage_has_its_sentence(intact, tmp_path, name, content, phrase):
@@ -186,11 +187,23 @@ def test_a_safetensors_file_without_our_header_is_told(tmp_path):
 
 
 def test_a_header_of_other_tensors_is_told(intact, tmp_path):
-    text = intact["header.json"].decode()
-    folder = damaged(
-        tmp_path / "s", intact, **{"header.json": text.replace("a.bias", "a.b").encode()}
-    )
+    def rename(content):
+        for part in ("tensors", "weights"):
+            records = content["kinds"][KIND][part]
+            records["a.b"] = records.pop("a.bias")
+
+    folder = damaged(tmp_path / "s", intact)
+    rewrite_header(folder, rename)
     with pytest.raises(SidecarError, match=r"is partial: .* for example a\.b"):
+        Sidecar(folder, KIND)
+
+
+def test_a_flipped_digit_in_the_header_is_told(intact, tmp_path):
+    text = intact["header.json"].decode()
+    number = re.search(r'"sum_of_squares": (\d)', text)
+    flipped = text[: number.start(1)] + chr(ord(number[1]) ^ 1) + text[number.end(1) :]
+    folder = damaged(tmp_path / "s", intact, **{"header.json": flipped.encode()})
+    with pytest.raises(SidecarError, match="is corrupt: its content is not what was written"):
         Sidecar(folder, KIND)
 
 

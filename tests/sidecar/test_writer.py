@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from sidecars import KIND, measurement, open_and_load, values, write
+from sidecars import KIND, measurement, open_and_load, rewrite_header, values, write
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.sidecar import writer
@@ -83,10 +83,12 @@ class TestRoundTrip:
 
     def test_unknown_keys_of_a_newer_header_are_kept(self, tmp_path):
         folder = write(tmp_path / "s")
-        content = json.loads((folder / "header.json").read_text())
-        content["kinds"]["fisher"]["settings"]["novelty"] = 7
-        content["novelty"] = "x"
-        (folder / "header.json").write_text(json.dumps(content))
+
+        def add(content: dict) -> None:
+            content["kinds"]["fisher"]["settings"]["novelty"] = 7
+            content["novelty"] = "x"
+
+        content = rewrite_header(folder, add)
         again = read_header(folder)
         assert json.loads(again.to_json()) == content
 
