@@ -10,13 +10,16 @@ from typing import Any
 
 import transformers
 from mergekit.architecture import ModelArchitecture
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from fisher_mergekit.merging import exclude
 from fisher_mergekit.merging.slots import Files, Slot, find
 from fisher_mergekit.recipe import parameter_problems
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""What a merge can be written in."""
 
 TASK_CLASSES = (
     "Classification",
@@ -77,13 +80,10 @@ def _model_lists(config: MergeConfiguration) -> list[list[ModelReference]]:
 
 
 def _dtype_problems(key: str, name: str | None) -> list[str]:
-    try:
-        dtype = dtype_from_name(name)
-    except RuntimeError:
-        dtype = None
-    if name is None or (dtype is not None and dtype.is_floating_point):
+    # mergekit also reads torch.float32, and writes a config.json that transformers cannot load.
+    if name is None or name in DTYPES:
         return []
-    return [f"{key}: {name!r} is not one of float32, float16, bfloat16, float64."]
+    return [f"{key}: {name!r} is not one of {', '.join(DTYPES)}."]
 
 
 def tensors(
@@ -125,6 +125,11 @@ def tensors(
     problems += _not_in_base(slots)
 
     merged = [s for s in slots if not s.excluded]
+    if slots and not any(slot.is_floating for slot in merged):
+        problems.append(
+            "`exclude:` keeps every tensor out, so that nothing is left to merge. Exclude only the "
+            "task heads."
+        )
     problems += _converted(merged)
     unknown = [s for s in merged if s.sources and not _is_anywhere(s, base, files)]
     if unknown:

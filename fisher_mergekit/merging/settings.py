@@ -84,7 +84,8 @@ def resolve(
                 problems.setdefault(
                     "favored",
                     f"`favor_base: true` needs base_model among the merged models; for {slot.name} "
-                    "it is not. List it under `models:`, or remove `favor_base`.",
+                    f"it is not: {base} is none of {', '.join(map(str, models))}. List it under "
+                    "`models:`, in the same spelling, or remove `favor_base`.",
                 )
         resolved[slot.name] = Settings(tuple(lambdas), options, favored)
     if zero:

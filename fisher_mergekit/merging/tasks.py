@@ -207,5 +207,15 @@ class CopyTask(Task[torch.Tensor]):
         return self.name
 
     def execute(self, tensor: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return the tensor, cast."""
-        return tensor.to(dtype_from_name(self.dtype) or tensor.dtype)
+        """Return the tensor, cast.
+
+        Raises:
+            CheckpointError: values that are finite as stored do not fit into the dtype.
+        """
+        result = tensor.to(dtype_from_name(self.dtype) or tensor.dtype)
+        if tensor.isfinite().all() and not result.isfinite().all():
+            raise CheckpointError(
+                f"{self.name} of {self.theta.model} does not fit into {result.dtype}; choose "
+                "another `dtype:`."
+            )
+        return result

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import Weight, relative, weighted_mean
+from fisher_mergekit.precision.diagonal import Weight, relative, weighted_mean, working_dtype
 
 FLOOR = 1e-6
 """Default floor, relative to the root mean square of a Fisher over the merged parameters."""
@@ -66,6 +66,8 @@ def solve(
     lambdas = relative(lambdas)
     if floor < torch.finfo(torch.float32).tiny:
         floor = 0.0  # it would vanish below, unnoticed
+    unit = max(1.0, floor)  # only ratios count, and a huge floor would overflow
+    dtype = working_dtype(thetas)
     total = math.fsum(lambdas)
     present = [i for i, value in enumerate(lambdas) if value > 0 or (i == favor and floor > 0)]
     if not normalize:
@@ -74,7 +76,7 @@ def solve(
 
     def weight(i: int) -> Weight:
         share = lambdas[i] if favor is None else total * (i == favor)
-        return fishers[i].float().mul(lambdas[i] / scales[i]).add_(floor * share)
+        return fishers[i].to(dtype).mul(lambdas[i] / scales[i] / unit).add_(floor / unit * share)
 
     merged = weighted_mean([thetas[i] for i in present], [weight(i) for i in present])
     if floor == 0:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
 from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo
 from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
+from fisher_mergekit.sidecar.location import FOLDER_NAME
 
 
 def checksum(tensor: torch.Tensor) -> str:
@@ -66,7 +67,9 @@ class Sidecar(Mapping[str, TensorInfo]):
         try:
             header = read_header(path)
             if header is None:
-                raise SidecarMissing(f"there is no sidecar at {path}.")
+                inside = path / FOLDER_NAME
+                hint = f" There is one at {inside}." if (inside / HEADER_NAME).exists() else ""
+                raise SidecarMissing(f"there is no sidecar at {path}.{hint}")
             if kind not in header.kinds:
                 raise SidecarMissing(
                     f"the sidecar {path} has no complete {kind!r}; it has "

@@ -1,0 +1,94 @@
+"""What people write in recipes by habit or mistake, and no merge must take for something else."""
+
+from __future__ import annotations
+
+import merge_oracle
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from models import make_measured, read, rewrite, write_fishers
+from running import assert_close, merged, recipe_of
+
+from fisher_mergekit.errors import CheckpointError, PlanningError
+from fisher_mergekit.precision import fisher
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Return two measured classifiers: their folder, weights and Fishers."""
+    return [make_measured(tmp_path / name, seed=i) for i, name in enumerate("ab")]
+
+
+def refusal(recipe, out):
+    with pytest.raises(PlanningError) as info:
+        run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(quiet=True))
+    assert not out.exists()
+    return str(info.value)
+
+
+def test_excluding_everything_is_no_merge(pair, tmp_path):
+    a, b = (folder for folder, *_ in pair)
+    recipe = recipe_of(a, b, base_model=str(a), parameters={"exclude": ["bert", "classifier"]})
+    assert "keeps every tensor out" in refusal(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "fp16", "float8_e4m3fn"])
+def test_a_dtype_that_transformers_could_not_load(pair, tmp_path, dtype):
+    recipe = recipe_of(*(folder for folder, *_ in pair), dtype=dtype)
+    said = refusal(recipe, tmp_path / "out")
+    assert f"dtype: {dtype!r} is not one of float32, float16, bfloat16, float64." in said
+
+
+def test_a_base_model_in_another_spelling_is_shown(pair, tmp_path):
+    a, b = (folder for folder, *_ in pair)
+    recipe = recipe_of(a, b, base_model=f"{a}/", parameters={"favor_base": True})
+    said = refusal(recipe, tmp_path / "out")
+    assert f"{a}/ is none of {a}, {b}. List it under `models:`, in the same spelling" in said
+
+
+def test_a_model_s_folder_named_as_sidecar_is_told_where_it_is(pair, tmp_path):
+    a, b = (folder for folder, *_ in pair)
+    recipe = recipe_of(a, b)
+    recipe["models"][0]["parameters"] = {"sidecar": str(a)}
+    assert f"no sidecar at {a}. There is one at {a / 'sidecar'}." in refusal(recipe, tmp_path / "o")
+
+
+def test_an_excluded_tensor_that_overflows_is_an_error(pair, tmp_path):
+    (a, theta, fishers), (b, *_) = pair
+    theta["classifier.bias"] += 1e5
+    rewrite(a, theta)
+    write_fishers(a, fishers)
+    parameters = {"exclude": "classifier"}
+    recipe = recipe_of(a, b, base_model=str(a), dtype="float16", parameters=parameters)
+    with pytest.raises(CheckpointError, match=r"classifier\.bias of .* does not fit into"):
+        merged(recipe, tmp_path / "out")
+
+
+def test_a_huge_floor_gives_the_lambda_weighted_mean(pair, tmp_path):
+    (a, theta_a, _), (b, theta_b, _) = pair
+    recipe = recipe_of(a, b, parameters={"floor": 1e300})
+    mean = {name: (theta_a[name] + theta_b[name]) / 2 for name in theta_a}
+    assert_close(merged(recipe, tmp_path / "out"), mean)
+
+
+def test_models_stored_in_float64_are_merged_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    thetas = [torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2)]
+    fishers = [torch.rand(50, generator=generator) for _ in range(2)]
+    found = fisher.solve(thetas, fishers, [0.3, 0.7], [0.1, 0.9])
+    expected = merge_oracle.merge_tensor(
+        thetas, [f.double() for f in fishers], [0.3, 0.7], [0.1, 0.9], floor=fisher.FLOOR
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_in_two_spellings_counts_as_often(pair, tmp_path):
+    (a, *_), (b, *_) = pair
+    once = merged(recipe_of(a, b, parameters={"lambda": 1}), tmp_path / "once")
+    twice = recipe_of(a, f"{a}/", b)
+    for entry, value in zip(twice["models"], (0.5, 0.5, 1.0), strict=True):
+        entry["parameters"] = {"lambda": value}
+    assert_close(merged(twice, tmp_path / "twice"), once)
+    assert read(tmp_path / "once").keys() == read(tmp_path / "twice").keys()
