@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fisher_mergekit.errors import RecipeError, nearest
 from fisher_mergekit.methods import METHODS
@@ -28,6 +28,16 @@ MODEL_KEYS = ("lambda", "weight", "sidecar")
 
 WHOLE = "parameters"
 """How messages call the recipe's own `parameters`, which hold for all models and slices."""
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(gt=0)]
+"""A positive number; pydantic alone would read `examples: true` as one example."""
 
 
 class Calibration(BaseModel):
@@ -49,12 +59,12 @@ class Calibration(BaseModel):
     label: str | None = None
     estimator: Literal["exact", "sampled", "empirical"] | None = None
     unit: Literal["sequence"] = "sequence"
-    examples: int | None = Field(default=None, gt=0)
-    max_length: int = Field(default=512, gt=0)
+    examples: Count | None = None
+    max_length: Count = 512
     mask_prompt: bool = False
     shuffle: bool = False
-    seed: int = 0
-    batch_size: int = Field(default=16, gt=0)
+    seed: Annotated[int, BeforeValidator(_no_boolean), Field(ge=0)] = 0
+    batch_size: Count = 16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     sidecar_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -99,11 +109,18 @@ def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibrati
                     f"{where}: unknown key {key!r}.{nearest(str(key), CALIBRATION_KEYS)} "
                     f"Known keys: {', '.join(CALIBRATION_KEYS)}."
                 )
+        for key, other in (("text", "messages"), ("messages", "text")):
+            if layer.get(key) is not None:
+                merged.pop(other, None)  # a chat of one model's own replaces the others' text
         merged |= layer
     try:
         return Calibration.model_validate(merged)
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
+        lines = []
+        for e in error.errors():
+            key = str(e["loc"][0])
+            wrong = "Expected a column, or a pair [first, second]" if key == "text" else e["msg"]
+            lines.append(f"{key}: {wrong}, got {merged[key]!r}")
         raise RecipeError(f"{where}: " + "; ".join(dict.fromkeys(lines)) + ".") from None
 
 
@@ -121,7 +138,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: merge_method {config.merge_method!r} needs nothing measured. "
             f"Methods that do: {', '.join(METHODS)}."
         )
-    problems = parameter_problems(config)
+    problems = [*_misplaced(content), *parameter_problems(config)]
     if problems:
         raise RecipeError(f"{path}: " + "\n".join(problems))
     if config.models is None:
@@ -138,8 +155,26 @@ def read_recipe(path: Path) -> Recipe:
             where=f"{path}: calibration of {reference}",
         )
         sidecar = (entry.get("parameters") or {}).get("sidecar")
+        if sidecar is not None and not (isinstance(sidecar, str) and sidecar):
+            raise RecipeError(
+                f"{path}: sidecar of {reference}: expected a folder or a .safetensors file, "
+                f"got {sidecar!r}."
+            )
         models.append(RecipeModel(reference, calibration, Path(sidecar) if sidecar else None))
     return Recipe(path, config.merge_method, METHODS[config.merge_method].kind, tuple(models))
+
+
+def _misplaced(content: Mapping[str, Any]) -> list[str]:
+    """Say which of our keys stand beside `parameters` and not under it: mergekit drops them."""
+    keys = (*MODEL_KEYS, "exclude", *METHODS[content["merge_method"]].keys)
+    blocks = [("the recipe", content)]
+    blocks += [(str(m["model"]), m) for m in content.get("models") or () if "model" in m]
+    return [
+        f"{key!r} of {where} has no effect there; write it under `parameters:`."
+        for where, block in blocks
+        for key in keys
+        if key in block
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -165,10 +200,22 @@ def parse_config(content: Mapping[str, Any], *, where: str) -> MergeConfiguratio
     try:
         return MergeConfiguration.model_validate(content)
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        lines = dict.fromkeys(map(_complaint, error.errors()))
         raise RecipeError(f"{where} is not a mergekit recipe:\n  " + "\n  ".join(lines)) from None
     except RuntimeError as error:
         raise RecipeError(f"{where} is not a mergekit recipe: {error}.") from None
+
+
+def _complaint(error: Any) -> str:
+    """Return one line of what pydantic says; of a parameter it says it once a possible type."""
+    place = error["loc"]
+    if "parameters" not in place[:-1]:
+        return f"{'.'.join(map(str, place))}: {error['msg']}"
+    place = place[: place.index("parameters") + 2]
+    return (
+        f"{'.'.join(map(str, place))}: expected a number, a word, true or false, a list of them, "
+        "or a list of filters with values"
+    )
 
 
 def exclude_patterns(config: MergeConfiguration) -> tuple[str, ...]:

@@ -41,9 +41,9 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-fisher")
 def main() -> None:
-    r"""Measure what fine-tuned models are sure of, for merging with mergekit.
+    """Measure what fine-tuned models are sure of, for merging with mergekit.
 
     \b
     mergekit-fisher precompute recipe.yml     measure every model of a recipe, once
     mergekit-yaml recipe.yml merged/          merge (mergekit's own command)
-    """
+    """  # noqa: D301 - click wants the character itself

@@ -7,6 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from mergekit.options import ShardSizeParamType
+
+
+class ShardSize(ShardSizeParamType):
+    """A size as mergekit writes it (`5B`, `200M`, `10k`); anything else is one sentence."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return the number of bytes."""
+        try:
+            size: int = super().convert(value, param, ctx)
+        except ValueError:
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is not a size such as 5B, 200M or 10k.", param, ctx)
+        return size
 
 
 def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,11 +8,15 @@ from typing import Any
 
 import click
 from mergekit.common import ModelReference
-from mergekit.options import ShardSizeParamType
 from tqdm import tqdm
 
-from fisher_mergekit.cli.options import add_common_options, apply_common_options
-from fisher_mergekit.errors import FisherMergekitError, PlanningError, RecipeError
+from fisher_mergekit.cli.options import ShardSize, add_common_options, apply_common_options
+from fisher_mergekit.errors import (
+    FisherMergekitError,
+    MeasureError,
+    PlanningError,
+    RecipeError,
+)
 from fisher_mergekit.measure.precompute import Job, Prepared, existing_sidecar, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
 from fisher_mergekit.recipe import Calibration, read_calibration, read_recipe
@@ -73,7 +77,7 @@ Examples:
 )
 @click.option("--transformers-cache", help="Override storage path for downloaded models.")
 @click.option(
-    "--out-shard-size", type=ShardSizeParamType(), default="5B", show_default=True,
+    "--out-shard-size", type=ShardSize(), default="5B", show_default=True,
     help="Largest file to write, in bytes, as mergekit counts it.",
 )  # fmt: skip
 @add_common_options
@@ -129,6 +133,7 @@ def precompute(
                 waiting.append(prepare(job))
         except FisherMergekitError as error:
             problems.append(f"{reference}: {error.message}")
+    problems += _same_place([prepared.job for prepared in waiting])
     if problems:  # all of them, before the first model is measured
         raise PlanningError(problems)
     for job in valid:
@@ -137,7 +142,10 @@ def precompute(
     for prepared in waiting:
         job = prepared.job
         with _ProgressBar(f"Measuring {job.reference}", quiet) as progress:
-            header = measure(prepared, progress)
+            try:
+                header = measure(prepared, progress)
+            except FisherMergekitError as error:
+                raise MeasureError(f"{job.reference}: {error.message}") from error
         if not quiet:
             settings = header.kinds[job.kind].settings
             click.echo(
@@ -175,9 +183,6 @@ def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
     if "text" in given:
         columns = given["text"]
         given["text"] = columns[0] if len(columns) == 1 else list(columns)
-        given.setdefault("messages", None)
-    elif "messages" in given:
-        given["text"] = None
     if seed is not None:
         given["seed"] = seed
     return given
@@ -210,6 +215,18 @@ def _requests(
     return requests
 
 
+def _same_place(jobs: list[Job]) -> list[str]:
+    """Say which models would write over each other's sidecar."""
+    models: dict[Path, list[str]] = {}
+    for job in jobs:
+        models.setdefault(job.out.resolve(), []).append(job.reference)
+    return [
+        f"{' and '.join(names)} would both be written to {place}. Give each its own `sidecar:`."
+        for place, names in models.items()
+        if len(names) > 1
+    ]
+
+
 def _folder(reference: ModelReference, cache: str | None) -> Path:
     """Return the local files of a model, downloading it from the Hub if need be."""
     if reference.lora is not None:
@@ -217,6 +234,8 @@ def _folder(reference: ModelReference, cache: str | None) -> Path:
             f"{reference}: adapters cannot be measured yet. Merge the adapter into its model "
             "first, and name the result."
         )
+    if Path(reference.model.path).is_file():
+        raise RecipeError(f"{reference} is a file; name the model's folder.")
     try:
         return Path(reference.local_path(cache_dir=cache))
     except Exception as error:  # the hub client raises a wide family, offline included
@@ -236,7 +255,7 @@ def _device(device: str, cuda: bool) -> str:
     try:
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".") + "."
         raise RecipeError(
             f"device {device!r} cannot be used here: {reason} Try --device cpu."
         ) from None

@@ -27,7 +27,7 @@ class Row:
 
     text: str | tuple[str, str] | None
     messages: Sequence[Mapping[str, str]] | None
-    label: int | str | None
+    label: int | float | str | None
 
 
 def load_rows(calibration: Calibration) -> list[Row]:
@@ -69,14 +69,15 @@ def _load_dataset(calibration: Calibration) -> Any:
     path = str(calibration.path)
     builder = LOCAL_BUILDERS.get(Path(path).suffix.lower())
     options: dict[str, Any] = {"split": calibration.split, "streaming": calibration.streaming}
-    if builder is not None:
-        if not Path(path).is_file():
-            raise CalibrationError(f"calibration data {path} does not exist.")
+    if builder is not None or Path(path).is_file():
+        _check_file(Path(path), calibration)
         if Path(path).suffix.lower() == ".tsv":
             options["sep"] = "\t"
         if builder == "text":
             options["sample_by"] = "paragraph"  # a line may be empty; what it parts is not
-        path, options["data_files"] = builder, path
+        path, options["data_files"] = str(builder), path
+    elif (Path(path) / "state.json").is_file():  # a data set's own save_to_disk
+        path, options["data_files"] = "arrow", sorted(map(str, Path(path).glob("*.arrow")))
     else:
         options |= {"name": calibration.name, "data_files": calibration.data_files}
     level = datasets.utils.logging.get_verbosity()
@@ -84,11 +85,38 @@ def _load_dataset(calibration: Calibration) -> Any:
     try:
         return datasets.load_dataset(path, **options)
     except Exception as error:  # the library raises its own, the hub's, the file formats', …
+        known = Path(path).exists() or path in LOCAL_BUILDERS.values() or path == "arrow"
         raise CalibrationError(
-            f"cannot load calibration data {calibration.path}, split {calibration.split!r}: {error}"
+            f"cannot load calibration data {calibration.path}, split {calibration.split!r}"
+            f"{'' if known else ' (there is no such local file or folder)'}: {_reason(error)}"
         ) from error
     finally:
         datasets.utils.logging.set_verbosity(level)
+
+
+def _check_file(path: Path, calibration: Calibration) -> None:
+    """Refuse a file that is missing, empty or of an unknown kind, and keys of data sets."""
+    if not path.is_file():
+        raise CalibrationError(f"calibration data {path} does not exist.")
+    if path.suffix.lower() not in LOCAL_BUILDERS:
+        raise CalibrationError(
+            f"calibration data {path}: a file must end in one of {', '.join(LOCAL_BUILDERS)}."
+        )
+    if path.stat().st_size == 0:
+        raise CalibrationError(f"calibration data {path} is empty (0 bytes).")
+    for key in ("name", "data_files"):
+        if getattr(calibration, key) is not None:
+            raise CalibrationError(
+                f"calibration data {path} is one local file, for which `{key}:` means nothing. "
+                f"Remove `{key}:`, or name a data set as `path:`."
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong at the bottom: `datasets` wraps it in 'An error occurred while …'."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip() or type(error).__name__
 
 
 def _first(data: Any, count: int, calibration: Calibration) -> list[dict[str, Any]]:
@@ -127,8 +155,7 @@ def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Ro
     label = None if calibration.label is None else column(calibration.label)
     if calibration.messages is not None:
         messages = column(calibration.messages)
-        is_chat = isinstance(messages, Sequence) and len(messages) > 0
-        if not is_chat or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        if not _is_chat(messages):
             raise CalibrationError(
                 f"{where}: column {calibration.messages!r} is no chat; expected a list of "
                 "{role, content} entries."
@@ -139,3 +166,15 @@ def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Ro
     if isinstance(names, str):
         return Row(text(names), None, label)
     return Row((text(names[0]), text(names[1])), None, label)
+
+
+def _is_chat(messages: Any) -> bool:
+    """Whether a value is a list of messages that say something: a template writes None as text."""
+    if not isinstance(messages, Sequence) or not messages:
+        return False
+    return all(
+        isinstance(m, Mapping)
+        and "role" in m
+        and (m.get("content") is not None or m.get("tool_calls"))
+        for m in messages
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fisher_mergekit.errors import CalibrationError
+from fisher_mergekit.errors import CalibrationError, CheckpointError
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import Row
 from fisher_mergekit.recipe import Calibration
@@ -26,9 +26,12 @@ def encode(
 
     Raises:
         CalibrationError: an empty example, a label outside the model's classes, a chat without a
-            chat template, or a prompt that cannot be told from the rest.
+            chat template, a prompt that cannot be told from the rest, or no room for any text.
+        CheckpointError: the tokenizer knows tokens that the model does not.
     """
     length = min(calibration.max_length, longest_input(tokenizer, config))
+    _check_room(tokenizer, calibration, length)
+    vocabulary = getattr(config, "vocab_size", None) or 1 << 62
     examples = []
     for number, row in enumerate(rows):
         where = f"{calibration.path}, example {number}"
@@ -38,9 +41,28 @@ def encode(
             ids.pop("token_type_ids", None)
         if not ids["input_ids"]:
             raise CalibrationError(f"{where}: the text has no tokens.")
+        if max(ids["input_ids"]) >= vocabulary:
+            raise CheckpointError(
+                f"{where}: the tokenizer gives token {max(ids['input_ids'])}, but the model has "
+                f"only {vocabulary} (vocab_size). They do not belong together; put the model's own "
+                "tokenizer files into its folder."
+            )
         label = None if row.label is None else _class_index(row.label, config, where)
         examples.append(Example(number, ids, prompt if calibration.mask_prompt else 0, label))
     return examples
+
+
+def _check_room(tokenizer: PreTrainedTokenizerBase, calibration: Calibration, length: int) -> None:
+    """Refuse a length that special tokens fill: nothing, or all of the text, would be measured."""
+    if calibration.messages is not None:
+        return  # a chat template adds its own
+    special = tokenizer.num_special_tokens_to_add(pair=isinstance(calibration.text, tuple))
+    if special and length <= special:
+        raise CalibrationError(
+            f"max_length: {length} tokens an example leave no room for text, because the tokenizer "
+            f"adds {special} special ones. Raise it; the default is "
+            f"{Calibration.model_fields['max_length'].default}."
+        )
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
@@ -119,16 +141,36 @@ def _render(messages: Any, tokenizer: Any, where: str, **options: bool) -> str:
     return text
 
 
-def _class_index(label: int | str, config: PretrainedConfig, where: str) -> int:
-    """Return the class index of a label given as an index or a name."""
+def _class_index(label: int | float | str, config: PretrainedConfig, where: str) -> int:
+    """Return the class index of a label given as an index or a name.
+
+    An index may also be `1.0` or `"1"`: a CSV with one empty cell reads its whole column so.
+    """
     classes = config.num_labels
     if isinstance(label, str) and label in config.label2id:
         return int(config.label2id[label])
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < classes:
-        return label
+    index = _whole(label)
+    if index is not None and 0 <= index < classes:
+        named = config.label2id.get(str(index), index)
+        if named != index:
+            raise CalibrationError(
+                f"{where}: label {label!r} is the name of the model's class {named}, but also the "
+                f"index of another, {config.id2label[index]!r}. Give names as text, or, as only "
+                "the empirical estimator needs labels, drop `label:`."
+            )
+        return index
     names = ", ".join(str(config.id2label[i]) for i in range(min(classes, 8)))
     raise CalibrationError(
         f"{where}: label {label!r} is none of the model's {classes} classes (0 to {classes - 1}: "
         f"{names}). Give data of the model's own task; only the empirical estimator needs labels, "
         "for the others drop `label:`."
     )
+
+
+def _whole(label: object) -> int | None:
+    """Return a label as a whole number, if it is one."""
+    if isinstance(label, str):
+        return int(label) if label.isdecimal() else None
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label // 1:
+        return None
+    return int(label)

@@ -89,11 +89,18 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         CheckpointError: there is none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers' own errors are bare Exceptions
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can read: {error}"
         ) from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Without files transformers makes up one to which every word is unknown.
+        raise CheckpointError(
+            f"{folder} has no tokenizer, or one without words. Put the model's tokenizer files "
+            "(tokenizer.json and tokenizer_config.json) into its folder."
+        )
+    return tokenizer
 
 
 def check_tensors(config: PretrainedConfig, architecture: str, checkpoint: Checkpoint) -> None:

@@ -22,6 +22,7 @@ from fisher_mergekit.sidecar.header import (
     ModelIdentity,
     PrecisionRecord,
 )
+from fisher_mergekit.sidecar.location import FOLDER_NAME
 from fisher_mergekit.sidecar.page import PAGE_MARK, PAGE_NAME, render_page
 from fisher_mergekit.sidecar.reader import checksum, read_header
 
@@ -43,7 +44,12 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, PrecisionRecord]:
 def check_writable(folder: Path) -> None:
     """Raise SidecarError, before hours of measuring, if a sidecar cannot be written there."""
     folder = folder.absolute()
-    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if (folder / "config.json").is_file():
+        raise SidecarError(
+            f"{folder} is a model's folder, whose own files a sidecar would mix with. Name one "
+            f"inside it, such as {folder / FOLDER_NAME} (--out, or `sidecar:` in the recipe)."
+        )
+    place = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise SidecarError(
             f"cannot write the sidecar {folder}: {place} is not a folder that you may write to. "
