@@ -23,12 +23,13 @@ _SCRIPTS = {
     "mergekit-yaml": "mergekit.scripts.run_yaml",
     "mergekit-multi": "mergekit.scripts.multimerge",
     "mergekit-pytorch": "mergekit.scripts.merge_raw_pytorch",
+    "mergekit-fisher": "fisher_mergekit.cli",
 }
 _FROM_SOURCE = "from fisher_mergekit import startup; startup.start(); from {} import main; main()"
 
 
 def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run one of mergekit's commands, plain where the package is installed."""
+    """Run one of mergekit's commands or ours, plain where the package is installed."""
     if (Path(sysconfig.get_path("purelib")) / "fisher_mergekit.pth").exists():
         start = [str(Path(sys.executable).with_name(script))]
     else:
@@ -37,7 +38,7 @@ def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]
         [*start, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
 
