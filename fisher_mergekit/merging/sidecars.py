@@ -88,10 +88,10 @@ def open_all(
             model.model.path, model.model.revision, files[model].folder
         )
         # A source that several outputs share is one tensor of the model, and counts once.
-        names = dict.fromkeys(
-            source.tensor.name for s in merged for source in s.sources if source.model == model
-        )
-        found, told = open_checked(model, path, kind, files[model], list(names))
+        sources = [source for s in merged for source in s.sources if source.model == model]
+        names = dict.fromkeys(source.tensor.name for source in sources)
+        twins = {source.tensor.name: tuple(source.weight.tied_names or ()) for source in sources}
+        found, told = open_checked(model, path, kind, files[model], list(names), twins)
         problems += told
         if found is not None:
             opened[model] = found
@@ -134,6 +134,7 @@ def open_checked(
     kind: str,
     files: Mapping[str, TensorInfo],
     names: Sequence[str],
+    twins: Mapping[str, Sequence[str]],
 ) -> tuple[ModelSidecar | None, list[str]]:
     """Open a model's sidecar and check it against the model, without loading a precision.
 
@@ -143,6 +144,8 @@ def open_checked(
         kind: which precision.
         files: the model's tensors.
         names: those of them that are to be merged.
+        twins: what each of these may be tied to. Files that hold one parameter under two names
+            must give the scale of files that hold it once.
 
     Returns:
         The sidecar, or None if it is of no use; and what is wrong with it.
@@ -183,8 +186,16 @@ def open_checked(
         )
     if problems:
         return None, problems
-    count = sum(sidecar[name].count for name in measured)
-    total = math.fsum(sums.values())
+    records = sidecar.measurement.tensors
+    again = {
+        name
+        for name in measured
+        for twin in twins.get(name, ())
+        if twin in sums and twin != name and records[twin].checksum == records[name].checksum
+    }
+    once = [name for name in measured if name not in again]
+    count = sum(sidecar[name].count for name in once)
+    total = math.fsum(sums[name] for name in once)
     return ModelSidecar(sidecar, root_mean_square(total, count) if measured else 1.0), []
 
 

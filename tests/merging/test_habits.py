@@ -92,3 +92,17 @@ def test_a_model_in_two_spellings_counts_as_often(pair, tmp_path):
         entry["parameters"] = {"lambda": value}
     assert_close(merged(twice, tmp_path / "twice"), once)
     assert read(tmp_path / "once").keys() == read(tmp_path / "twice").keys()
+
+
+def test_a_tied_tensor_under_two_names_weighs_as_under_one(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    a, theta, fishers = make_measured(tmp_path / "a", "llama", seed=0, **tied)
+    b, *_ = make_measured(tmp_path / "b", "llama", seed=1, **tied)
+    once = merged(recipe_of(a, b), tmp_path / "once")
+    twin, name = "lm_head.weight", "model.embed_tokens.weight"
+    both, *_ = make_measured(tmp_path / "both", "llama", seed=0, **tied)
+    rewrite(both, {**theta, twin: theta[name].clone()})
+    write_fishers(both, {**fishers, twin: fishers[name].clone()})
+    twice = merged(recipe_of(both, b), tmp_path / "twice")
+    assert_close({n: t for n, t in twice.items() if n != twin}, once)
+    assert torch.equal(twice[twin], twice[name])
