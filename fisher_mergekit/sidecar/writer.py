@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -80,10 +81,10 @@ def write_sidecar(
         SidecarError: the disk is full, or the folder cannot be written. Nothing partial stays.
     """
     try:
-        kept = _other_kinds(folder, kind, model, measurement)
-        header = Header(model=model, kinds={**kept, kind: measurement})
         folder.mkdir(parents=True, exist_ok=True)
-        with _partial_files(folder) as partials:
+        with _alone(folder), _partial_files(folder) as partials:
+            kept = _other_kinds(folder, kind, model, measurement)
+            header = Header(model=model, kinds={**kept, kind: measurement})
             new = _write_shards(folder, kind, header, tensors, shard_size)
             new[HEADER_NAME] = header.to_json() + "\n"
             if _may_write_page(folder / PAGE_NAME):
@@ -129,6 +130,23 @@ def _other_kinds(
 def _may_write_page(path: Path) -> bool:
     """Return whether there is no page yet, or ours: a model's own README.md is not overwritten."""
     return not path.exists() or PAGE_MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time write here; the lock goes with its process, however that ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

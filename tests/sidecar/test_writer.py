@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,3 +286,17 @@ def test_a_header_survives_its_own_serialisation(tmp_path):
     assert Header.from_json(header.to_json(), tmp_path) == header
     assert "wall_seconds" not in header.to_json(wall_time=False)
     assert "ä" in header.to_json()
+
+
+def test_two_that_write_at_once_write_one_after_the_other(tmp_path):
+    """Locks hold between open files, so threads stand in for processes."""
+
+    def write_often(seed):
+        for _ in range(20):
+            write(tmp_path / "s", seed=seed)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(write_often, seed) for seed in (1, 2)]:
+            done.result()
+    found = open_and_load(tmp_path / "s")
+    assert any(same(found, values(seed=seed)) for seed in (1, 2))
