@@ -182,6 +182,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}.") from None
+    except yaml.composer.ComposerError:
+        raise RecipeError(
+            f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
+            "one: mergekit-fisher precompute --model MODEL --path DATA"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(content, dict):

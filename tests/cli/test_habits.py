@@ -218,3 +218,9 @@ def test_help_begins_with_two_commands_on_lines_of_their_own():
     lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
     commands = [line.split()[0] for line in lines if "recipe.yml" in line]
     assert commands == ["mergekit-fisher", "mergekit-yaml"]
+
+
+def test_several_recipes_in_one_file(tmp_path):
+    path = recipe(tmp_path, {"model": "./m"})
+    path.write_text(f"{path.read_text()}---\n{path.read_text()}")
+    assert "holds several recipes, as for mergekit-multi" in refuse(path)
