@@ -17,7 +17,8 @@ from fisher_mergekit.errors import (
     PlanningError,
     RecipeError,
 )
-from fisher_mergekit.measure.precompute import Job, Prepared, existing_sidecar, prepare
+from fisher_mergekit.measure.job import Job, existing_sidecar
+from fisher_mergekit.measure.precompute import Prepared, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
 from fisher_mergekit.recipe import Calibration, read_calibration, read_recipe
 from fisher_mergekit.sidecar.location import reading_place, writing_place

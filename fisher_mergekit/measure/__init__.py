@@ -11,5 +11,6 @@ The way of the data, one room each:
     layers/          a layer's taps -> what each example adds to its parameters' gradients
     contributions.py … squared example by example, and summed
     session.py       the loop that joins them
-    precompute.py    a model of a recipe -> its sidecar
+    job.py           what is asked for, and whether it has been measured already
+    precompute.py    a job -> its sidecar
 """

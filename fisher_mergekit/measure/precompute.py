@@ -6,12 +6,10 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import xxhash
 
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, SidecarError
@@ -19,6 +17,7 @@ from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.encoding import encode, fingerprint
 from fisher_mergekit.measure.estimators import estimator_for
+from fisher_mergekit.measure.job import Job, source_of
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.session import Session
@@ -32,114 +31,10 @@ from fisher_mergekit.measure.subject import (
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
-from fisher_mergekit.sidecar.reader import Sidecar
-from fisher_mergekit.sidecar.writer import SHARD_SIZE, check_writable, describe, write_sidecar
-
-_SOURCE_KEYS = (
-    "path", "name", "split", "data_files", "text", "messages", "label", "shuffle",
-)  # fmt: skip
-"""Calibration keys that say which data; recorded in the header."""
+from fisher_mergekit.sidecar.writer import check_writable, describe, write_sidecar
 
 Progress = Callable[[int, int], Any]
 """Called with the number of examples done in this step, and of all examples."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to measure.
-
-    Attributes:
-        reference: the model as the user typed it, and its revision.
-        folder: its local files.
-        present: where its sidecar is read from, if it has one already.
-        out: the folder to write its sidecar to.
-        kind: what to measure.
-        calibration: on what, and how.
-    """
-
-    reference: str
-    revision: str | None
-    folder: Path
-    present: Path
-    out: Path
-    kind: str
-    calibration: Calibration
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    shard_size: int = SHARD_SIZE
-
-
-def existing_sidecar(job: Job) -> Sidecar | None:
-    """Return the model's valid sidecar, or None if it has none that a merge could use.
-
-    Raises:
-        SidecarError: it is valid, but was measured in another way than the recipe asks for.
-    """
-    try:
-        sidecar = Sidecar(job.present, job.kind)
-    except SidecarError:
-        return None
-    checkpoint = Checkpoint(job.folder)
-    names = [name for name in sidecar if name in checkpoint]
-    if len(names) != len(sidecar) or sidecar.foreign(checkpoint, names):
-        of = sidecar.header.model.reference
-        if job.folder not in job.present.parents and of != job.reference:
-            raise SidecarError(
-                f"{job.present} is the sidecar of other weights, measured as {of}. Give this model "
-                "another `sidecar:` (--out), or write over it with --force."
-            )
-        return None
-    differences = _differences(job, sidecar.measurement)
-    if differences:
-        raise SidecarError(
-            f"{job.present} was measured in another way than asked for now: "
-            f"{'; '.join(differences)}. "
-            "Measure it again with --force, or ask for what is there."
-        )
-    return sidecar
-
-
-def _differences(job: Job, measurement: Measurement) -> list[str]:
-    """Return where a sidecar's settings are not the ones asked for.
-
-    Without data of its own a model is taken as its author measured it, as long as what must agree
-    between models (estimator, unit, length) does.
-    """
-    asked, settings = job.calibration, measurement.settings
-    pairs: dict[str, tuple[Any, Any]] = {
-        "unit": (settings.unit, asked.unit),
-        "max_length": (settings.max_length, asked.max_length),
-    }
-    if asked.estimator is not None:
-        pairs["estimator"] = (settings.estimator, asked.estimator)
-    if asked.path is not None:
-        recorded = measurement.calibration
-        pairs["examples"] = (settings.examples_requested, asked.examples or DEFAULT_EXAMPLES)
-        pairs["seed"] = (settings.seed, asked.seed)
-        pairs["mask_prompt"] = (settings.mask_prompt, asked.mask_prompt)
-        pairs["sidecar_dtype"] = (settings.dtype, asked.sidecar_dtype)
-        pairs["dtype"] = (settings.compute_dtype, asked.dtype)
-        source = _source(asked)
-        pairs |= {key: (recorded.get(key), source.get(key)) for key in _SOURCE_KEYS}
-        if "data" in source:
-            pairs["the content of path"] = (recorded.get("data"), source["data"])
-    return [f"{key} was {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now]
-
-
-def _source(calibration: Calibration) -> dict[str, Any]:
-    """Return which data is meant; `data` is a digest of it where it is a file that is there."""
-    source = {
-        key: value
-        for key, value in calibration.model_dump(mode="json").items()
-        if key in _SOURCE_KEYS and value is not None
-    }
-    if calibration.path is not None and Path(calibration.path).is_file():
-        hasher = xxhash.xxh3_128()
-        with open(calibration.path, "rb") as file:
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                hasher.update(chunk)
-        source["data"] = hasher.hexdigest()
-    return source
 
 
 @dataclass(frozen=True)
@@ -238,7 +133,7 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         written.add(parameter)
     measurement = Measurement(
         settings=_settings(calibration, likelihood, estimator, [len(e) for e in examples]),
-        calibration={**_source(calibration), "fingerprint": fingerprint(examples)},
+        calibration={**source_of(calibration), "fingerprint": fingerprint(examples)},
         weights=subject.weight_records(),
         tensors=describe(tensors),
         unmeasured=subject.unmeasured,

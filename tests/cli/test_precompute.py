@@ -132,6 +132,11 @@ class TestARecipe:
         assert "2 problems" in said
         assert said.count("Measure it again with --force, or ask for what is there.") == 2
 
+    def test_without_data_of_its_own_a_model_is_taken_as_it_was_measured(self, bert, data):
+        succeed(*flags(bert, data, "--max-length", "5", "--examples", "3"))
+        assert "Measured 0 of 1 models" in succeed("--model", bert)
+        assert "max_length was 5, now 6" in refuse("--model", bert, "--max-length", "6")
+
     def test_data_that_changed_under_the_same_name_is_noticed(self, bert, data):
         succeed(*flags(bert, data))
         data.write_text(data.read_text().replace("cat", "dog"))

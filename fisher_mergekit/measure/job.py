@@ -1,0 +1,119 @@
+"""What is asked for: one model to measure, and whether it has been measured already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES
+from fisher_mergekit.recipe import Calibration
+from fisher_mergekit.sidecar.checkpoint import Checkpoint
+from fisher_mergekit.sidecar.header import Measurement
+from fisher_mergekit.sidecar.reader import Sidecar
+from fisher_mergekit.sidecar.writer import SHARD_SIZE
+
+_SOURCE_KEYS = (
+    "path", "name", "split", "data_files", "text", "messages", "label", "shuffle",
+)  # fmt: skip
+"""Calibration keys that say which data; recorded in the header."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to measure.
+
+    Attributes:
+        reference: the model as the user typed it, and its revision.
+        folder: its local files.
+        present: where its sidecar is read from, if it has one already.
+        out: the folder to write its sidecar to.
+        kind: what to measure.
+        calibration: on what, and how.
+    """
+
+    reference: str
+    revision: str | None
+    folder: Path
+    present: Path
+    out: Path
+    kind: str
+    calibration: Calibration
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    shard_size: int = SHARD_SIZE
+
+
+def existing_sidecar(job: Job) -> Sidecar | None:
+    """Return the model's valid sidecar, or None if it has none that a merge could use.
+
+    Raises:
+        SidecarError: it is valid, but was measured in another way than the recipe asks for.
+    """
+    try:
+        sidecar = Sidecar(job.present, job.kind)
+    except SidecarError:
+        return None
+    checkpoint = Checkpoint(job.folder)
+    names = [name for name in sidecar if name in checkpoint]
+    if len(names) != len(sidecar) or sidecar.foreign(checkpoint, names):
+        of = sidecar.header.model.reference
+        if job.folder not in job.present.parents and of != job.reference:
+            raise SidecarError(
+                f"{job.present} is the sidecar of other weights, measured as {of}. Give this model "
+                "another `sidecar:` (--out), or write over it with --force."
+            )
+        return None
+    differences = _differences(job, sidecar.measurement)
+    if differences:
+        raise SidecarError(
+            f"{job.present} was measured in another way than asked for now: "
+            f"{'; '.join(differences)}. "
+            "Measure it again with --force, or ask for what is there."
+        )
+    return sidecar
+
+
+def _differences(job: Job, measurement: Measurement) -> list[str]:
+    """Return where a sidecar's settings are not the ones asked for.
+
+    A model for which no data is named is taken as its author measured it; then only what the user
+    asked for explicitly counts.
+    """
+    asked, settings, recorded = job.calibration, measurement.settings, measurement.calibration
+    source = source_of(asked)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "estimator": (settings.estimator, asked.estimator or settings.estimator),
+        "unit": (settings.unit, asked.unit),
+        "max_length": (settings.max_length, asked.max_length),
+        "examples": (settings.examples_requested, asked.examples or DEFAULT_EXAMPLES),
+        "seed": (settings.seed, asked.seed),
+        "mask_prompt": (settings.mask_prompt, asked.mask_prompt),
+        "dtype": (settings.compute_dtype, asked.dtype),
+        "sidecar_dtype": (settings.dtype, asked.sidecar_dtype),
+        **{key: (recorded.get(key), source.get(key)) for key in _SOURCE_KEYS},
+    }
+    if "data" in source:
+        pairs["the content of path"] = (recorded.get("data"), source["data"])
+    if asked.path is None:
+        pairs = {key: pair for key, pair in pairs.items() if key in asked.model_fields_set}
+    return [f"{key} was {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now]
+
+
+def source_of(calibration: Calibration) -> dict[str, Any]:
+    """Return which data is meant; `data` is a digest of it where it is a file that is there."""
+    source = {
+        key: value
+        for key, value in calibration.model_dump(mode="json").items()
+        if key in _SOURCE_KEYS and value is not None
+    }
+    if calibration.path is not None and Path(calibration.path).is_file():
+        hasher = xxhash.xxh3_128()
+        with open(calibration.path, "rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                hasher.update(chunk)
+        source["data"] = hasher.hexdigest()
+    return source
