@@ -16,6 +16,10 @@ from fisher_mergekit import __version__
 # Read when transformers is first imported. It warns of much; what matters of it, we check and say.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# Read when torch is first imported. Measuring is many short parallel loops; threads that spin while
+# they wait for each other make it ten times slower as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 SUBCOMMANDS = {
     "precompute": "Measure the models of a recipe and write their sidecars.",
     "inspect": "Show what a sidecar holds and where it comes from.",
