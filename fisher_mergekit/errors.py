@@ -61,7 +61,7 @@ class PlanningError(FisherMergekitError):
             message = self.problems[0]
         else:
             numbered = (f"  {i}. {p}" for i, p in enumerate(self.problems, start=1))
-            message = "\n".join((f"{len(self.problems)} problems with this merge:", *numbered))
+            message = "\n".join((f"{len(self.problems)} problems:", *numbered))
         super().__init__(message)
 
 

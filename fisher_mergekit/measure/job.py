@@ -116,4 +116,5 @@ def source_of(calibration: Calibration) -> dict[str, Any]:
             for chunk in iter(lambda: file.read(1 << 20), b""):
                 hasher.update(chunk)
         source["data"] = hasher.hexdigest()
+        source["path"] = str(Path(calibration.path))  # ./x and x are one file
     return source

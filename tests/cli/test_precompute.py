@@ -137,6 +137,11 @@ class TestARecipe:
         assert "Measured 0 of 1 models" in succeed("--model", bert)
         assert "max_length was 5, now 6" in refuse("--model", bert, "--max-length", "6")
 
+    def test_one_file_spelt_in_two_ways_is_one_file(self, bert, data, monkeypatch):
+        monkeypatch.chdir(data.parent)
+        succeed(*flags(bert, data.name))
+        assert "Measured 0 of 1 models" in succeed(*flags(bert, f"./{data.name}"))
+
     def test_data_that_changed_under_the_same_name_is_noticed(self, bert, data):
         succeed(*flags(bert, data))
         data.write_text(data.read_text().replace("cat", "dog"))

@@ -140,7 +140,7 @@ def test_problems_are_printed_without_a_traceback(tmp_path):
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     message = process.stderr[process.stderr.index("Error: ") :]
-    assert message.startswith("Error: 4 problems with this merge:\n  1. ")
+    assert message.startswith("Error: 4 problems:\n  1. ")
     assert "unknown parameter 'flor'. Did you mean 'floor'?" in message
     assert f"lambda of {a} is -1.0" in message
     assert "the line `exclude: [classifier]`." in message
