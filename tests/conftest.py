@@ -1,10 +1,12 @@
 """What holds for all tests."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # A machine that does other work as well must not fail a law; and a run leaves nothing behind.
-settings.register_profile("laws", deadline=None, database=None)
+settings.register_profile(
+    "laws", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("laws")
 
 
