@@ -15,14 +15,17 @@ from fisher_mergekit.cli.options import add_common_options, apply_common_options
     epilog="""\b
 Examples:
   mergekit-fisher demo
-  mergekit-fisher demo --out ./another-seed --seed 1
+  mergekit-fisher demo --out ./another-seed --random-seed 1
 """
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("fisher-demo"), show_default=True,
     help="New folder for everything that is written.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same numbers.")
+@click.option(
+    "--random-seed", "seed", type=int, default=0, show_default=True,
+    help="Same seed, same numbers.",
+)  # fmt: skip
 @click.option(
     "--examples", type=click.IntRange(min=1), default=1024, show_default=True,
     help="Measure each specialist on this many of its training examples.",

@@ -268,4 +268,5 @@ def _summary(recipe: Path | None, jobs: list[Job], measured: int, seconds: float
     if recipe is not None:
         click.echo(f"Next: mergekit-yaml {recipe} merged/")
     else:
-        click.echo(f"Next: mergekit-fisher inspect {jobs[0].out}")
+        place = jobs[0].out if measured else jobs[0].present
+        click.echo(f"Next: mergekit-fisher inspect {place}")

@@ -77,8 +77,8 @@ def add_squares(total: Tensor, contributions: Sequence[Contribution]) -> None:
         assert scatter is not None
         _add_scatter(total, scatter)
         return
-    rows = torch.cat([p.rows for p in products], dim=1).float()
-    cols = torch.cat([p.cols for p in products], dim=1).float()
+    rows = _join([p.rows for p in products])
+    cols = _join([p.cols for p in products])
     if rows.shape[1] == 1 and scatter is None:
         # One token: (rows_o cols_i)² = rows_o² cols_i², and the sum over examples is one product.
         total.addmm_(rows[:, 0].square().T, cols[:, 0].square())
@@ -87,10 +87,12 @@ def add_squares(total: Tensor, contributions: Sequence[Contribution]) -> None:
 
 
 def _join_scatters(scatters: Sequence[Scatter]) -> Scatter:
-    return Scatter(
-        torch.cat([s.ids for s in scatters], dim=1),
-        torch.cat([s.values for s in scatters], dim=1).float(),
-    )
+    return Scatter(torch.cat([s.ids for s in scatters], dim=1), _join([s.values for s in scatters]))
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Join along the tokens; one part alone, which can be `[b, t, v]`, is not copied."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)).float()
 
 
 def _add_scatter(total_vd: Tensor, scatter: Scatter) -> None:

@@ -97,6 +97,11 @@ def _ids(
             "mask_prompt needs to know the prompt: give a pair `text: [PROMPT, COMPLETION]`, or "
             "`messages:`."
         )
+    if not tokenizer.is_fast:
+        raise CalibrationError(
+            "mask_prompt cannot tell the prompt from the completion with this model's slow "
+            "tokenizer; give chats, `messages:`, or save a fast tokenizer with the model."
+        )
     sequence = encoded.sequence_ids(0)
     prompt = next((i for i, part in enumerate(sequence) if part == 1), len(sequence))
     return inputs, prompt

@@ -110,11 +110,12 @@ def source_of(calibration: Calibration) -> dict[str, Any]:
         for key, value in calibration.model_dump(mode="json").items()
         if key in _SOURCE_KEYS and value is not None
     }
+    if calibration.path is not None:
+        source["path"] = str(Path(calibration.path))  # ./x and x are one file
     if calibration.path is not None and Path(calibration.path).is_file():
         hasher = xxhash.xxh3_128()
         with open(calibration.path, "rb") as file:
             for chunk in iter(lambda: file.read(1 << 20), b""):
                 hasher.update(chunk)
         source["data"] = hasher.hexdigest()
-        source["path"] = str(Path(calibration.path))  # ./x and x are one file
     return source

@@ -178,10 +178,14 @@ class Session:
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return up to `count` examples whose lengths are spread over all lengths."""
-    ordered = by_length(examples)
+    """Return up to `count` examples from the longest to the shortest, so that some are padded.
+
+    Examples of which nothing may be scored (they are all prompt) would compare zeros with zeros.
+    """
+    telling = [e for e in examples if max(e.prompt, 1) < len(e)] or examples
+    ordered = by_length(telling)
     last = len(ordered) - 1
-    places = sorted({round(last * (i + 0.5) / count) for i in range(count)})
+    places = sorted({round(last * i / (count - 1)) for i in range(count)})
     return [ordered[place] for place in places]
 
 

@@ -1,0 +1,52 @@
+"""What the README and the docs point to is there."""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fisher_mergekit.measure.estimators import ESTIMATORS
+from fisher_mergekit.methods import METHODS
+from fisher_mergekit.precision import fisher
+from fisher_mergekit.recipe import Calibration, parse_config, read_calibration
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)|src=\"([^\"]+)\"", text)
+    for link in filter(None, (part for pair in links for part in pair)):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_in_the_text_are_recipes(page: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        content = yaml.safe_load(block)
+        if "models" in content:
+            parse_config(content, where=page.name)
+        for entry in (content, *content.get("models", ())):
+            read_calibration(entry.get("calibration"), where=page.name)
+
+
+def test_extras_that_the_readme_installs_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = re.findall(r"\"\.\[(\w+)\]\"", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert set(extras) == {"demo", "test"}
+    for extra in extras:
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE)
+
+
+def test_what_is_written_twice_is_the_same() -> None:
+    """The recipe must not import torch to know the estimators, nor the methods to know a floor."""
+    (choices, _) = typing.get_args(typing.get_type_hints(Calibration)["estimator"])
+    assert set(typing.get_args(choices)) == set(ESTIMATORS)
+    floor = next(p for p in METHODS["fisher"].parameters if p.name == "floor")
+    assert floor.default == fisher.FLOOR
