@@ -76,7 +76,8 @@ def solve(
 
     def weight(i: int) -> Weight:
         share = lambdas[i] if favor is None else total * (i == favor)
-        return fishers[i].to(dtype).mul(lambdas[i] / scales[i] / unit).add_(floor / unit * share)
+        known = _times(fishers[i].to(dtype), lambdas[i] / scales[i] / unit)
+        return known.add_(floor / unit * share)
 
     merged = weighted_mean([thetas[i] for i in present], [weight(i) for i in present])
     if floor == 0:
@@ -85,3 +86,16 @@ def solve(
         isotropic = weighted_mean([thetas[i] for i in present], [lambdas[i] for i in present])
         merged = torch.where(merged.isnan(), isotropic, merged)
     return merged
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    """Return a new tensor, `x * factor`, also where float32 cannot hold the factor itself.
+
+    The inverse of a Fisher's scale of 1e-39 is infinite there, the product is not. A power of two
+    is taken out first; multiplying by that is exact.
+    """
+    exponent = math.frexp(factor)[1]
+    if abs(exponent) < 100:
+        return x.mul(factor)
+    power = math.ldexp(1.0, exponent // 2)
+    return x.mul(power).mul_(factor / power)

@@ -106,6 +106,41 @@ def test_scaling_a_fisher_with_its_scale_changes_nothing(problem, factor):
     )
 
 
+LARGE = st.floats(1.0, 2.0, width=32)
+
+
+@given(
+    per_model(lists(finite)),
+    per_model(lists(st.one_of(st.just(0.0), LARGE))),
+    st.integers(-120, 125),
+    st.sampled_from([0.0, 1e-6]),
+    st.booleans(),
+)
+def test_a_fisher_may_be_as_small_or_large_as_float32_holds(
+    thetas, fishers, power, floor, normalize
+):
+    """Bit by bit: powers of two are exact. Large language models have Fishers of 1e-18."""
+    thetas = [torch.tensor(theta) for theta in thetas]
+    fishers = [torch.tensor(values) for values in fishers]
+    ones = [1.0] * len(thetas)
+    options = {"floor": floor, "normalize": normalize}
+    factor = 2.0**power
+    expected = fisher.solve(thetas, fishers, ones, ones, **options)
+    found = fisher.solve(
+        thetas, [f * factor for f in fishers], ones, [factor] * len(ones), **options
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("power", range(-149, -120))
+def test_a_fisher_at_the_edge_of_float32_weighs_as_any_other(power):
+    """Subnormal numbers, of which only powers of two are exact."""
+    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])]
+    fishers = [torch.tensor([2.0**power, 0.0]), torch.tensor([2.0**power, 2.0**power])]
+    merged = fisher.solve(thetas, fishers, [1.0, 1.0], [2.0**power] * 2, floor=0)
+    assert merged.tolist() == [2.0, 5.0]
+
+
 @given(problems(), st.sampled_from([0.0, 1e-6]), st.randoms())
 def test_order_changes_nothing(problem, floor, random):
     thetas, *_ = problem
