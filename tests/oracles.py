@@ -7,7 +7,8 @@ Nothing here is shared with what it checks but the definition of an example, its
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -39,26 +40,33 @@ def classifier_given(
 
     def one(model: nn.Module, batch: Batch) -> Fishers:
         log_p = model(**batch.inputs).logits[0].log_softmax(-1)
-        return squared(gradients(log_p[outcomes[batch.examples[0]]], model))
+        return squared(gradients(log_p[outcomes[batch.numbers[0]]], model))
 
     return mean_over_examples(model, examples, one)
 
 
 def causal_lm_given(
-    model: nn.Module, examples: Sequence[Example], outcomes: dict[int, Sequence[int]]
+    model: nn.Module,
+    examples: Sequence[Example],
+    outcomes: dict[int, Sequence[int]],
+    prompts: Mapping[int, int] = MappingProxyType({}),
 ) -> Fishers:
     """Mean over examples of (∂ Σ_t log p(y_t | x_<t) / ∂θ)², y the second to the last token.
 
-    The positions of the prompt are left out of the sum.
+    The tokens of the prompt are left out of the sum.
+
+    Args:
+        outcomes: y_t of every token t of an example, by its number.
+        prompts: how many leading tokens are prompt, by its number; none where it is missing.
     """
 
     def one(model: nn.Module, batch: Batch) -> Fishers:
-        (example,) = (e for e in examples if e.number == batch.examples[0])
+        number = batch.numbers[0]
         log_p = model(**batch.inputs).logits[0].log_softmax(-1)
         likelihood = log_p.new_zeros(())
-        for position in range(1, len(example)):
-            if position >= example.prompt:
-                likelihood = likelihood + log_p[position - 1, outcomes[example.number][position]]
+        for position in range(1, len(log_p)):
+            if position >= prompts.get(number, 0):
+                likelihood = likelihood + log_p[position - 1, outcomes[number][position]]
         return squared(gradients(likelihood, model))
 
     return mean_over_examples(model, examples, one)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.likelihoods import likelihood_for
+from fisher_mergekit.measure.likelihoods.causal_lm import next_tokens
 from fisher_mergekit.measure.session import Session
 
 PAD = 0
@@ -78,9 +79,26 @@ def perturbed(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-def ragged(
-    count: int = 7, *, classes: int = 3, longest: int = 9, prompt: bool = False, seed: int = 3
-) -> list[Example]:
+def labelled(
+    number: int, input_ids: Sequence[int], label: int | None = None, **inputs: Sequence[int]
+) -> Example:
+    """Return a text with a class; other integer inputs, one a token, by name."""
+    inputs = {"input_ids": input_ids, **inputs}
+    tensors = {name: torch.tensor([row]) for name, row in inputs.items()}
+    return Example(number, tensors, outcome=None if label is None else torch.tensor(label))
+
+
+def text(number: int, ids: Sequence[int], prompt: int = 0) -> Example:
+    """Return a text for a causal LM."""
+    tokens = torch.tensor(ids)
+    return Example(number, {"input_ids": tokens[None]}, *next_tokens(tokens, prompt))
+
+
+def ids_of(example: Example) -> list[int]:
+    return example.inputs["input_ids"][0].tolist()
+
+
+def ragged(count: int = 7, *, classes: int = 3, longest: int = 9, seed: int = 3) -> list[Example]:
     """Return examples of different lengths, two to `longest`, with labels."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
@@ -88,19 +106,25 @@ def ragged(
         length = 2 + (number * 5) % (longest - 1)
         ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
         label = int(torch.randint(classes, (), generator=generator))
-        examples.append(
-            Example(number, {"input_ids": ids}, min(number, length - 1) if prompt else 0, label)
-        )
+        examples.append(labelled(number, ids, label))
     return examples
+
+
+def ragged_texts(count: int = 7, *, prompt: bool = False, seed: int = 3) -> list[Example]:
+    """Return the same for causal LMs; with prompts of every length but the whole, if asked."""
+    return [
+        text(e.number, ids_of(e), min(e.number, len(e) - 1) if prompt else 0)
+        for e in ragged(count, seed=seed)
+    ]
 
 
 def session_for(model: nn.Module, estimator: str = "exact", *, seed: int = 0) -> Session:
     """Return a session; a model that is not from transformers is measured as a classifier."""
-    name = type(model).__name__
     known = isinstance(model, transformers.PreTrainedModel)
+    head = (type(model).__name__, model.config) if known else ("ForSequenceClassification",)
     return Session(
         model=model,
-        likelihood=likelihood_for(name if known else "ForSequenceClassification"),
+        likelihood=likelihood_for(*head),
         estimator=estimator_for(estimator),
         seed=seed,
         pad_token_id=PAD,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import xxhash
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fisher_mergekit.errors import CalibrationError, CheckpointError
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import Row
+from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.recipe import Calibration
 
 _INPUTS = ("input_ids", "token_type_ids")
@@ -21,6 +23,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     calibration: Calibration,
+    likelihood: Likelihood,
 ) -> list[Example]:
     """Tokenise calibration rows, cut to the maximum length.
 
@@ -48,7 +51,8 @@ def encode(
                 "tokenizer files into its folder."
             )
         label = None if row.label is None else _class_index(row.label, config, where)
-        examples.append(Example(number, ids, prompt if calibration.mask_prompt else 0, label))
+        inputs = {name: torch.tensor([x]) for name, x in ids.items()}
+        examples.append(Example(number, inputs, *likelihood.target(inputs, prompt, label)))
     return examples
 
 
@@ -74,10 +78,14 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Return a digest of what the model saw: token ids, prompts and labels, in order."""
+    """Return a digest of what the model saw: inputs, what is scored and observed, in order."""
     hasher = xxhash.xxh3_128()
     for example in examples:
-        hasher.update(repr((example.inputs, example.prompt, example.label)).encode())
+        seen = {**example.inputs, "scored": example.scored, "outcome": example.outcome}
+        for name, x in seen.items():
+            if x is not None:
+                hasher.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+                hasher.update(x.contiguous().numpy().tobytes())
     return hasher.hexdigest()
 
 

@@ -71,13 +71,13 @@ def prepare(job: Job) -> Prepared:
         )
     checkpoint = Checkpoint(job.folder)
     config, architecture = read_config(job.folder, trust_remote_code=job.trust_remote_code)
-    likelihood = likelihood_for(architecture)
+    likelihood = likelihood_for(architecture, config)
     estimator = calibration.estimator or likelihood.default_estimator
     likelihood.check(config, estimator)
     check_tensors(config, architecture, checkpoint)
     tokenizer = read_tokenizer(job.folder, trust_remote_code=job.trust_remote_code)
-    examples = encode(load_rows(calibration), tokenizer, config, calibration)
-    unlabelled = [e.number for e in examples if e.label is None]
+    examples = encode(load_rows(calibration), tokenizer, config, calibration, likelihood)
+    unlabelled = [e.number for e in examples if e.outcome is None]
     if estimator == "empirical" and likelihood.needs_label and unlabelled:
         remedy = (
             "Name the column: `label: COLUMN` (--label)."

@@ -2,7 +2,7 @@
 
     for each batch
         forward, with every layer tapped
-        for each seed of the estimator
+        for each start of the estimator
             backward: each layer adds its examples' squares
     divide by the number of examples
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class Session:
         """
         self.verify(examples)
         for batch in batches(examples, batch_size, self.pad_token_id):
-            self._add_batch(batch.to(self.device))
+            self._add_batch(self._placed(batch))
             advance(len(batch))
         totals = self._taps.totals
         if not any(total.any() for total in totals.values()):
@@ -99,16 +100,16 @@ class Session:
 
     def verify(self, examples: Sequence[Example]) -> None:
         """Compare batches and rules with plain autograd on single examples; loosen what differs."""
-        batch = collate(_spread(examples, 3), self.pad_token_id).to(self.device)
-        logits, seed = self._verified_pass(batch)
+        batch = self._placed(collate(_spread(examples, 3), self.pad_token_id))
+        logits, start = self._verified_pass(batch)
         totals = self._taps.totals
         truth = {p: torch.zeros_like(total) for p, total in totals.items()}
         tolerance, rounding = TOLERANCE[logits.dtype], 50 * torch.finfo(logits.dtype).eps
         with _requiring_grad(truth):
             for index in range(len(batch)):
                 alone = self._logits(batch.single(index))
-                add_single_squares(truth, truth, alone, _row(seed, batch, index), keep_graph=False)
-                if _differ(_row(logits, batch, index), alone, tolerance, rounding):
+                add_single_squares(truth, truth, alone, _row(start, index, alone), keep_graph=False)
+                if _differ(_row(logits, index, alone), alone, tolerance, rounding):
                     self._loosen_all("padding, or what else is in a batch, moves its predictions")
         # Some gradients are zero on paper (an attention's key bias shifts every score alike), and
         # then two right computations have nothing in common: squared rounding is no difference.
@@ -120,18 +121,21 @@ class Session:
             total.zero_()
 
     def _verified_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Add one seed's squares of one batch by the rules; return the logits and the seed."""
+        """Add one start's squares of one batch by the rules; return the logits and the start."""
         while True:
             logits = self._tapped_logits(batch)
-            seed = self._seeds(logits, batch)[0]
+            start = self._starts(logits, batch)[0]
             try:
-                self._taps.backward(logits, seed, keep_graph=False)
+                self._taps.backward(logits, start, keep_graph=False)
             except Irregular:
                 for total in self._taps.totals.values():
                     total.zero_()
             else:
                 self._taps.seal()
-                return logits.detach(), seed
+                return logits.detach(), start
+
+    def _placed(self, batch: Batch) -> Batch:
+        return batch.to(self.device, next(self.model.parameters()).dtype)
 
     def _loosen_all(self, reason: str) -> None:
         for name, parameter in self.model.named_parameters():
@@ -140,9 +144,9 @@ class Session:
     def _add_batch(self, batch: Batch) -> None:
         """Add the squares of one batch to the totals."""
         logits = self._tapped_logits(batch)
-        seeds = self._seeds(logits, batch)
-        for number, seed in enumerate(seeds, start=1):
-            self._taps.backward(logits, seed, keep_graph=number < len(seeds))
+        starts = self._starts(logits, batch)
+        for number, start in enumerate(starts, start=1):
+            self._taps.backward(logits, start, keep_graph=number < len(starts))
         if self._taps.loose:
             self._add_loose(batch)
 
@@ -150,14 +154,14 @@ class Session:
         while True:
             try:
                 with self._taps.installed(), torch.enable_grad():
-                    self._taps.start(len(batch), self.device)
+                    self._taps.start(batch.rows, self.device)
                     return self._logits(batch)
             except Irregular:
                 continue  # its parameters are loose now, and nothing has been added yet
 
-    def _seeds(self, logits: Tensor, batch: Batch) -> list[Tensor]:
-        seeds = self.estimator.seeds(self.likelihood, logits.detach(), batch, self.seed)
-        return [seed.to(logits.dtype) for seed in seeds]
+    def _starts(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        starts = self.estimator.starts(self.likelihood, logits.detach(), batch, self.seed)
+        return [start.to(logits.dtype) for start in starts]
 
     def _add_loose(self, batch: Batch) -> None:
         """Measure the parameters that no rule covers, one example at a time."""
@@ -166,15 +170,23 @@ class Session:
             for index in range(len(batch)):
                 single = batch.single(index)
                 logits = self._logits(single)
-                seeds = self._seeds(logits, single)
-                for number, seed in enumerate(seeds, start=1):
+                starts = self._starts(logits, single)
+                for number, start in enumerate(starts, start=1):
                     add_single_squares(
-                        self._taps.totals, loose, logits, seed, keep_graph=number < len(seeds)
+                        self._taps.totals, loose, logits, start, keep_graph=number < len(starts)
                     )
 
     def _logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.model(**batch.inputs).logits
-        return logits
+        return self.likelihood.logits(self.model(**self._accepted(batch.inputs)), batch)
+
+    def _accepted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs without a mask for a model that takes none (as FNet)."""
+        parameters = signature(self.model.forward).parameters
+        if "attention_mask" in parameters or any(
+            parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()
+        ):
+            return inputs
+        return {name: x for name, x in inputs.items() if name != "attention_mask"}
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -182,8 +194,9 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
     Examples of which nothing may be scored (they are all prompt) would compare zeros with zeros.
     """
-    telling = [e for e in examples if max(e.prompt, 1) < len(e)] or examples
+    telling = [e for e in examples if e.is_scored] or examples
     ordered = by_length(telling)
+    ordered = [e for e in ordered if e.form == ordered[0].form]
     last = len(ordered) - 1
     places = sorted({round(last * i / (count - 1)) for i in range(count)})
     return [ordered[place] for place in places]
@@ -197,10 +210,9 @@ def _differ(found: Tensor, expected: Tensor, tolerance: float, noise: float) -> 
     return _rms(found - expected) > max(tolerance * _rms(expected), noise)
 
 
-def _row(x: Tensor, batch: Batch, index: int) -> Tensor:
-    """Return one example's part of logits or a seed, `[1, …]` without padding."""
-    row = x[index : index + 1]
-    return row[:, : batch.lengths[index]] if row.dim() > 2 else row
+def _row(x: Tensor, index: int, alone: Tensor) -> Tensor:
+    """Return one example's part of logits or a start, cut to the sizes it has alone."""
+    return x[(slice(index, index + 1), *(slice(size) for size in alone.shape[1:]))]
 
 
 class _requiring_grad:

@@ -124,8 +124,8 @@ class Taps:
         for layer in self._layers:
             layer.calls = 0
 
-    def backward(self, logits: Tensor, seed: Tensor, *, keep_graph: bool) -> None:
-        """Run one backward pass from `seed`, adding every parameter's squares to the totals.
+    def backward(self, logits: Tensor, start: Tensor, *, keep_graph: bool) -> None:
+        """Run one backward pass from `start`, adding every parameter's squares to the totals.
 
         Raises:
             Irregular: a rule failed, before the taps were sealed. The totals are half-written.
@@ -134,7 +134,7 @@ class Taps:
         if not logits.requires_grad:
             return  # no layer with a rule took part
         self._pending.clear()
-        torch.autograd.grad(logits, self._anchor, seed, retain_graph=keep_graph, allow_unused=True)
+        torch.autograd.grad(logits, self._anchor, start, retain_graph=keep_graph, allow_unused=True)
         for parameter, contributions in self._pending.items():
             add_squares(self.totals[parameter], contributions)
         self._pending.clear()
@@ -221,7 +221,7 @@ def add_single_squares(
     totals: dict[nn.Parameter, Tensor],
     parameters: Iterable[nn.Parameter],
     logits: Tensor,
-    seed: Tensor,
+    start: Tensor,
     *,
     keep_graph: bool,
 ) -> None:
@@ -230,7 +230,7 @@ def add_single_squares(
     if not logits.requires_grad:
         return  # none of them took part
     gradients = torch.autograd.grad(
-        logits, chosen, seed, retain_graph=keep_graph, allow_unused=True
+        logits, chosen, start, retain_graph=keep_graph, allow_unused=True
     )
     for parameter, gradient in zip(chosen, gradients, strict=True):
         if gradient is not None:

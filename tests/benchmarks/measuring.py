@@ -47,15 +47,17 @@ def main() -> None:
     print(f"MiniLM-L6, batch {BATCH}, {arguments.threads} threads, {arguments.rounds} rounds")
     print("tokens   step (s)   Fisher / step   batch-1 loop / step")
     for length in arguments.lengths:
-        ids = torch.randint(1000, 20000, (BATCH, length)).tolist()
-        examples = [Example(n, {"input_ids": row}, label=n % 2) for n, row in enumerate(ids)]
+        ids = torch.randint(1000, 20000, (BATCH, 1, length))
+        examples = [
+            Example(n, {"input_ids": row}, outcome=torch.tensor(n % 2)) for n, row in enumerate(ids)
+        ]
         session.verify(examples)
         batch = collate(examples, 0)
 
         def step(batch=batch) -> None:
             model.requires_grad_(True)
             model.zero_grad(set_to_none=False)
-            model(**batch.inputs, labels=batch.labels).loss.backward()
+            model(**batch.inputs, labels=batch.outcome).loss.backward()
 
         def fisher(batch=batch) -> None:
             model.requires_grad_(False)
@@ -65,7 +67,7 @@ def main() -> None:
             model.requires_grad_(True)
             for index in range(BATCH):
                 single = batch.single(index)
-                loss = model(**single.inputs, labels=single.labels).loss
+                loss = model(**single.inputs, labels=single.outcome).loss
                 for gradient in torch.autograd.grad(loss, list(model.parameters())):
                     gradient.square_()
 

@@ -50,7 +50,7 @@ class TestARecipe:
             model = tiny.transformers.BertForSequenceClassification.from_pretrained(folder)
             tokenizer = tiny.transformers.AutoTokenizer.from_pretrained(folder)
             examples = [
-                tiny.Example(i, {k: encoded[k] for k in ("input_ids", "token_type_ids")})
+                tiny.labelled(i, **{k: encoded[k] for k in ("input_ids", "token_type_ids")})
                 for i, encoded in enumerate(tokenizer(row["text"]) for row in ROWS)
             ]
             assert_same_fishers(fisher_of(folder), oracles.exact_classifier(model, examples))

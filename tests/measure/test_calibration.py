@@ -13,8 +13,10 @@ from tiny import CHAT_TEMPLATE, ROWS, write_rows
 from transformers import AutoConfig, AutoTokenizer
 
 from fisher_mergekit.errors import CalibrationError
+from fisher_mergekit.measure import encoding
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, Row, load_rows
-from fisher_mergekit.measure.encoding import encode, fingerprint, longest_input
+from fisher_mergekit.measure.encoding import fingerprint, longest_input
+from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.recipe import Calibration
 
 
@@ -156,10 +158,21 @@ def tokenizers(tmp_path_factory):
     }
 
 
-def encoded(tokenizers, family, row, **keys):
+def encode(rows, tokenizer, config, calibration, head="ForSequenceClassification"):
+    return encoding.encode(rows, tokenizer, config, calibration, likelihood_for(head))
+
+
+def encoded(tokenizers, family, row, head="ForCausalLM", **keys):
     tokenizer, config = tokenizers[family]
-    (example,) = encode([row], tokenizer, config, Calibration(path="data", **keys))
-    return example, tokenizer.convert_ids_to_tokens(example.inputs["input_ids"])
+    (example,) = encode([row], tokenizer, config, Calibration(path="data", **keys), head)
+    return example, tokenizer.convert_ids_to_tokens(tiny.ids_of(example))
+
+
+def prompt_of(example):
+    """The first token that is scored: position t predicts token t + 1."""
+    positions = example.scored.nonzero().flatten().tolist()
+    assert positions == list(range(positions[0], len(example) - 1))
+    return positions[0] + 1
 
 
 class TestEncoding:
@@ -167,7 +180,7 @@ class TestEncoding:
         row = Row(("the cat", "sat"), None, None)
         example, tokens = encoded(tokenizers, "bert", row)
         assert tokens == ["[CLS]", "the", "cat", "[SEP]", "sat", "[SEP]"]
-        assert example.inputs["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+        assert example.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]
 
     def test_gpt2_gets_no_token_types(self, tokenizers):
         """It would look them up among the words."""
@@ -185,21 +198,23 @@ class TestEncoding:
         assert longest_input(tokenizer, roberta) == 8
 
     def test_nothing_is_prompt_unless_asked(self, tokenizers):
-        assert encoded(tokenizers, "gpt2", Row(("the cat", "sat"), None, None))[0].prompt == 0
+        assert prompt_of(encoded(tokenizers, "gpt2", Row(("the cat", "sat"), None, None))[0]) == 1
 
     def test_the_first_of_a_pair_is_the_prompt(self, tokenizers):
         row = Row(("the cat", "sat not"), None, None)
-        assert encoded(tokenizers, "gpt2", row, mask_prompt=True)[0].prompt == 2
+        assert prompt_of(encoded(tokenizers, "gpt2", row, mask_prompt=True)[0]) == 2
         example, tokens = encoded(tokenizers, "bert", row, mask_prompt=True)
-        assert tokens[: example.prompt] == ["[CLS]", "the", "cat", "[SEP]"]
+        assert tokens[: prompt_of(example)] == ["[CLS]", "the", "cat", "[SEP]"]
 
-    def test_a_prompt_that_fills_the_length_leaves_nothing_to_score(self, tokenizers):
+    def test_the_longer_part_is_cut_so_that_a_long_prompt_leaves_something_to_score(
+        self, tokenizers
+    ):
         tokenizer, config = tokenizers["gpt2"]
         row = Row((" ".join(["cat"] * 40), "sat"), None, None)
-        (example,) = encode(
-            [row], tokenizer, config, Calibration(path="data", mask_prompt=True, max_length=5)
-        )
-        assert example.prompt <= len(example)
+        calibration = Calibration(path="data", mask_prompt=True, max_length=5)
+        (example,) = encode([row], tokenizer, config, calibration, "ForCausalLM")
+        assert prompt_of(example) == 4
+        assert len(example) == 5
 
     def test_the_last_message_of_a_chat_is_scored_without_its_header(self, tokenizers):
         chat = [
@@ -209,9 +224,9 @@ class TestEncoding:
             {"role": "model", "content": "ran very"},
         ]
         example, tokens = encoded(tokenizers, "gpt2", Row(None, chat, None), mask_prompt=True)
-        assert tokens[example.prompt :] == ["ran", "very"]
-        assert tokens[example.prompt - 1] == "model"
-        assert encoded(tokenizers, "gpt2", Row(None, chat, None))[0].prompt == 0
+        assert tokens[prompt_of(example) :] == ["ran", "very"]
+        assert tokens[prompt_of(example) - 1] == "model"
+        assert prompt_of(encoded(tokenizers, "gpt2", Row(None, chat, None))[0]) == 1
 
     def test_a_template_that_rewrites_earlier_turns_only_hinders_masking(self, tokenizers):
         tokenizer, config = tokenizers["gpt2"]
@@ -221,7 +236,7 @@ class TestEncoding:
         )  # fmt: skip
         try:
             row = Row(None, chat, None)
-            assert encode([row], tokenizer, config, Calibration(path="data"))[0].prompt == 0
+            assert prompt_of(encoded(tokenizers, "gpt2", row)[0]) == 1
             with pytest.raises(CalibrationError, match="so it cannot be masked"):
                 encode([row], tokenizer, config, Calibration(path="data", mask_prompt=True))
         finally:
@@ -243,7 +258,7 @@ class TestEncoding:
         config = type(config)(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
         rows = [Row("cat", None, label) for label in (1, "no", "yes", None)]
         examples = encode(rows, tokenizer, config, Calibration(path="data"))
-        assert [example.label for example in examples] == [1, 0, 1, None]
+        assert [None if e.outcome is None else int(e.outcome) for e in examples] == [1, 0, 1, None]
 
     @pytest.mark.parametrize("label", [-1, 2, "maybe", 0.5, True])
     def test_labels_outside_the_classes_are_refused_with_the_classes(self, tokenizers, label):
@@ -259,16 +274,17 @@ class TestEncoding:
             encoded(tokenizers, "gpt2", Row("   ", None, None))
 
     def test_the_fingerprint_sees_tokens_prompts_labels_and_order(self):
-        examples = tiny.ragged(4, prompt=True)
+        examples = tiny.ragged_texts(4, prompt=True)
         prints = {
             fingerprint(e)
             for e in (
                 examples,
                 examples[::-1],
                 examples[:3],
-                [*examples[:3], replace(examples[3], label=7)],
-                [*examples[:3], replace(examples[3], prompt=1 - examples[3].prompt)],
+                [*examples[:3], replace(examples[3], outcome=examples[3].outcome + 1)],
+                [*examples[:3], replace(examples[3], outcome=None)],
+                [*examples[:3], replace(examples[3], scored=~examples[3].scored)],
             )
         }
-        assert len(prints) == 5
-        assert fingerprint(tiny.ragged(4, prompt=True)) in prints
+        assert len(prints) == 6
+        assert fingerprint(tiny.ragged_texts(4, prompt=True)) in prints

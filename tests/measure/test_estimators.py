@@ -16,6 +16,9 @@ from fisher_mergekit.measure.likelihoods import likelihood_for
 BATCH_SIZES = (1, 3)
 """One example, and padded batches of which the last is smaller."""
 
+PROMPTS = {number: number for number in range(5)}
+"""Of `tiny.ragged_texts(5, prompt=True)`."""
+
 
 def outcomes_drawn(model, examples, seed):
     """Return what the sampled estimator draws for each example alone, unpadded, in float64."""
@@ -25,7 +28,7 @@ def outcomes_drawn(model, examples, seed):
     for example in examples:
         batch = collate([example], tiny.PAD)
         outcome = likelihood.sample(model(**batch.inputs).logits.detach(), batch, seed)[0].tolist()
-        # A causal LM draws from the second token on; the first is filled up.
+        # What position t of a causal LM predicts is token t + 1; the first is filled up.
         drawn[example.number] = outcome if isinstance(outcome, int) else [None, *outcome]
     return drawn
 
@@ -40,7 +43,7 @@ class TestClassifiers:
 
     def test_empirical_takes_the_labels_of_the_data(self, architecture):
         model, examples = tiny.classifier(architecture), tiny.ragged(5)
-        labels = {example.number: example.label for example in examples}
+        labels = {example.number: int(example.outcome) for example in examples}
         expected = oracles.classifier_given(model, examples, labels)
         for size in BATCH_SIZES:
             found = tiny.measured(model, examples, "empirical", batch_size=size)
@@ -58,17 +61,17 @@ class TestClassifiers:
 @pytest.mark.parametrize("name", tiny.CAUSAL_LMS)
 class TestCausalLMs:
     def test_empirical_squares_the_whole_sequence(self, name):
-        model, examples = tiny.causal_lm(name), tiny.ragged(5, prompt=True)
-        tokens = {example.number: example.inputs["input_ids"] for example in examples}
-        expected = oracles.causal_lm_given(model, examples, tokens)
+        model, examples = tiny.causal_lm(name), tiny.ragged_texts(5, prompt=True)
+        tokens = {example.number: tiny.ids_of(example) for example in examples}
+        expected = oracles.causal_lm_given(model, examples, tokens, PROMPTS)
         for size in BATCH_SIZES:
             found = tiny.measured(model, examples, "empirical", batch_size=size)
             assert_same_fishers(found, expected)
 
     def test_sampled_takes_the_drawn_tokens(self, name):
-        model, examples = tiny.causal_lm(name), tiny.ragged(5, prompt=True)
+        model, examples = tiny.causal_lm(name), tiny.ragged_texts(5, prompt=True)
         drawn = outcomes_drawn(model, examples, seed=5)
-        expected = oracles.causal_lm_given(model, examples, drawn)
+        expected = oracles.causal_lm_given(model, examples, drawn, PROMPTS)
         for size in BATCH_SIZES:
             found = tiny.measured(model, examples, "sampled", batch_size=size, seed=5)
             assert_same_fishers(found, expected)
@@ -103,10 +106,11 @@ def test_exact_costs_one_backward_pass_less_than_there_are_classes(labels, monke
 def test_token_types_of_a_pair_are_measured_too():
     model = tiny.classifier()
     examples = [
-        tiny.Example(
+        tiny.labelled(
             e.number,
-            {**e.inputs, "token_type_ids": [int(i >= len(e) // 2) for i in range(len(e))]},
-            label=e.label,
+            tiny.ids_of(e),
+            int(e.outcome),
+            token_type_ids=[int(i >= len(e) // 2) for i in range(len(e))],
         )
         for e in tiny.ragged(5)
     ]

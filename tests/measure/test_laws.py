@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import oracles
 import pytest
 import tiny
@@ -22,7 +20,7 @@ def subject():
 
 @pytest.fixture(scope="module")
 def language_subject():
-    return tiny.causal_lm("tied Qwen2"), tiny.ragged(12, prompt=True)
+    return tiny.causal_lm("tied Qwen2"), tiny.ragged_texts(12, prompt=True)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -182,8 +180,7 @@ class TestKnownMistakes:
 
     def test_tokens_of_a_sequence_are_not_squared_apart(self, language_subject):
         """(Σ_t ∇ℓ_t)² and Σ_t (∇ℓ_t)² differ by the cross terms, which `sequence` keeps."""
-        model, examples = language_subject
-        examples = [replace(e, prompt=0) for e in examples]
+        model, examples = language_subject[0], tiny.ragged_texts(12)
         found = tiny.measured(model, examples, "empirical")
 
         def apart(model, batch):
@@ -200,38 +197,72 @@ class TestKnownMistakes:
 
     def test_a_longer_text_counts_by_its_sum_not_its_mean(self, language_subject):
         """Token-mean losses shrink squares by 1/T²; a sum keeps them."""
-        model, examples = language_subject
-        (longest,) = [replace(e, prompt=0) for e in examples if len(e) == 9][:1]
+        model = language_subject[0]
+        (longest,) = [e for e in tiny.ragged_texts(12) if len(e) == 9][:1]
         found = tiny.measured(model, [longest], "empirical")
-        expected = oracles.causal_lm_given(
-            model, [longest], {longest.number: longest.inputs["input_ids"]}
-        )
+        expected = oracles.causal_lm_given(model, [longest], {longest.number: tiny.ids_of(longest)})
         assert_same_fishers(found, expected)
 
 
 class TestBatches:
     def test_every_example_is_in_one_batch_once_and_the_longest_come_first(self):
         examples = tiny.ragged(23)
-        found = [batch.examples for batch in batches(examples, 4, pad_token_id=0)]
+        found = [batch.numbers for batch in batches(examples, 4, pad_token_id=0)]
         assert sorted(sum(found, ())) == list(range(23))
         lengths = [len(examples[number]) for numbers in found for number in numbers]
         assert lengths == sorted(lengths, reverse=True)
 
     def test_padding_is_masked_and_never_scored(self):
-        batch = collate(tiny.ragged(6), pad_token_id=17)
-        for row, length in enumerate(batch.lengths):
+        batch = collate(tiny.ragged_texts(6), pad_token_id=17)
+        for row, length in enumerate(len(example) for example in batch.examples):
             assert batch.inputs["attention_mask"][row].tolist() == [1] * length + [0] * (
                 batch.scored.shape[1] - length
             )
             assert (batch.inputs["input_ids"][row, length:] == 17).all()
             assert not batch.scored[row, length:].any()
 
-    def test_one_example_of_a_batch_is_that_example_alone(self):
-        examples = tiny.ragged(6, prompt=True)
+    @pytest.mark.parametrize("make", [tiny.ragged, tiny.ragged_texts])
+    def test_one_example_of_a_batch_is_that_example_alone(self, make):
+        examples = make(6)
         batch = collate(examples, pad_token_id=0)
         for index, example in enumerate(examples):
             single, alone = batch.single(index), collate([example], pad_token_id=0)
-            assert single.examples == alone.examples
-            assert torch.equal(single.scored, alone.scored)
+            assert single.numbers == alone.numbers
+            assert single.scored is alone.scored is None or single.scored.equal(alone.scored)
             assert all(torch.equal(single.inputs[k], v) for k, v in alone.inputs.items())
-            assert torch.equal(single.labels, alone.labels)
+            assert torch.equal(single.outcome, alone.outcome)
+
+    def test_examples_of_different_forms_never_meet(self):
+        """Pictures of two sizes, and choices of two counts."""
+        examples = [
+            tiny.Example(n, {"pixel_values": torch.zeros(1, 3, 4, 4 + 4 * (n % 2))})
+            for n in range(5)
+        ]
+        examples += [
+            tiny.Example(n, {"input_ids": torch.ones(1, 2 + n % 3, n, dtype=torch.long)})
+            for n in range(5, 12)
+        ]
+        found = list(batches(examples, 4, pad_token_id=0))
+        assert sorted(number for batch in found for number in batch.numbers) == list(range(12))
+        for batch in found:
+            assert len({example.form for example in batch.examples}) == 1
+            if "input_ids" in batch.inputs:
+                assert batch.rows == len(batch) * batch.inputs["input_ids"].shape[1]
+
+    def test_patches_of_several_pictures_are_joined(self):
+        examples = [
+            tiny.Example(
+                n,
+                {
+                    "input_ids": torch.ones(1, n, dtype=torch.long),
+                    "pixel_values": torch.full((n, 6), float(n)),
+                    "image_grid_thw": torch.tensor([[1, 1, n]]),
+                },
+            )
+            for n in (2, 4)
+        ]
+        batch = collate(examples, pad_token_id=0)
+        assert batch.inputs["pixel_values"][:, 0].tolist() == [2, 2, 4, 4, 4, 4]
+        assert batch.inputs["image_grid_thw"].tolist() == [[1, 1, 2], [1, 1, 4]]
+        assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+        assert batch.single(1).inputs["pixel_values"].tolist() == [[4.0] * 6] * 4

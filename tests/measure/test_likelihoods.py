@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fisher_mergekit.errors import CalibrationError, MeasureError
-from fisher_mergekit.measure.batches import Batch, Example, collate
+from fisher_mergekit.measure.batches import collate
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.categorical import Categorical
 from fisher_mergekit.measure.likelihoods.causal_lm import CausalLM
 from fisher_mergekit.measure.likelihoods.draws import inverse_cdf, uniforms
 
-NO_BATCH = Batch({}, torch.empty(0), None, (), ())
+NO_BATCH = collate([tiny.labelled(0, [1])], tiny.PAD)
 logit = st.floats(-800, 800) | st.floats(-3, 3)
 
 
@@ -53,7 +53,7 @@ def test_exact_on_a_logistic_regression_is_the_closed_form():
     p = torch.sigmoid(x @ torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) + 0.25)
     variance = p * (1 - p)
 
-    examples = [Example(number, {"input_ids": row}) for number, row in enumerate(ids)]
+    examples = [tiny.labelled(number, row) for number, row in enumerate(ids)]
     found = tiny.measured(model, examples, batch_size=2)
 
     expected_weight = (variance[:, None] * x.square()).mean(0)
@@ -99,11 +99,11 @@ class TestCausalLMScores:
     def batch(self):
         return collate(
             [
-                Example(0, {"input_ids": [5, 3, 4, 2]}),
-                Example(1, {"input_ids": [5, 6]}),
-                Example(2, {"input_ids": [5, 3, 7]}, prompt=2),
-                Example(3, {"input_ids": [5]}),
-                Example(4, {"input_ids": [5, 3]}, prompt=2),
+                tiny.text(0, [5, 3, 4, 2]),
+                tiny.text(1, [5, 6]),
+                tiny.text(2, [5, 3, 7], prompt=2),
+                tiny.text(3, [5]),
+                tiny.text(4, [5, 3], prompt=2),
             ],
             pad_token_id=0,
         )
@@ -129,7 +129,7 @@ class TestCausalLMScores:
         torch.testing.assert_close(score, expected)
 
     def test_chunks_change_nothing(self, batch, monkeypatch):
-        from fisher_mergekit.measure.likelihoods import causal_lm
+        from fisher_mergekit.measure.likelihoods import positions
 
         logits = torch.randn(5, 4, 8)
 
@@ -138,7 +138,7 @@ class TestCausalLMScores:
             return outcome, CausalLM().score(logits, batch, outcome)
 
         whole = outcome_and_score()
-        monkeypatch.setattr(causal_lm, "CHUNK", 2)
+        monkeypatch.setattr(positions, "CHUNK", 2)
         for found, expected in zip(outcome_and_score(), whole, strict=True):
             assert torch.equal(found, expected)
 
@@ -171,11 +171,11 @@ class TestDraws:
 
 
 def test_a_head_without_a_likelihood_is_refused_with_those_that_have_one():
-    with pytest.raises(MeasureError, match=r"BertForMaskedLM.*ForSequenceClassification"):
-        likelihood_for("BertForMaskedLM")
+    with pytest.raises(MeasureError, match=r"BertForPreTraining.*ForSequenceClassification"):
+        likelihood_for("BertForPreTraining")
 
 
 def test_the_empirical_estimator_says_that_an_example_has_no_label():
-    batch = collate([Example(0, {"input_ids": [1]})], pad_token_id=0)
+    batch = collate([tiny.labelled(0, [1])], pad_token_id=0)
     with pytest.raises(CalibrationError, match="a label for every example"):
         Categorical().observed(batch)

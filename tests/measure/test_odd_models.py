@@ -299,7 +299,7 @@ class RoutedOnce(Odd):
 
 def test_a_layer_first_reached_late_is_not_trusted_unverified():
     rows = [[5] * 9, [6] * 8, [7] * 7, [8] * 6, [1, 1, 9], [9, 8, 4]]
-    examples = [tiny.Example(i, {"input_ids": ids}) for i, ids in enumerate(rows)]
+    examples = [tiny.labelled(i, ids) for i, ids in enumerate(rows)]
     model = tiny.perturbed(RoutedOnce())
     found = tiny.measured(model, examples, batch_size=2, fast=False)
     oracles.assert_same_fishers(found, oracles.exact_classifier(model, examples))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tiny
+
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.session import _spread
 
 
 def example(number: int, length: int, prompt: int = 0) -> Example:
-    return Example(number, {"input_ids": [1] * length}, prompt)
+    return tiny.text(number, [1] * length, prompt)
 
 
 def test_the_probe_is_padded_although_most_texts_are_cut_to_one_length() -> None:

@@ -88,10 +88,7 @@ def test_measured_fisher_is_autograds_on_single_examples(domains, workshop):
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_pretrained(specialist.folder)
     tokenizer = AutoTokenizer.from_pretrained(specialist.folder)
-    encoded = [tokenizer(text, truncation=True, max_length=MAX_LENGTH)
+    encoded = [tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
                for text in task.train.texts[:4]]  # fmt: skip
-    examples = [
-        Example(number, {name: tokens[name] for name in ("input_ids", "token_type_ids")})
-        for number, tokens in enumerate(encoded)
-    ]
+    examples = [Example(number, dict(tokens)) for number, tokens in enumerate(encoded)]
     assert_same_fishers(read(out), exact_classifier(model, examples))

@@ -1,8 +1,8 @@
 """One file an estimator: where y comes from.
 
-An estimator turns one batch's logits into *seeds*: tensors shaped like the logits from which a
-backward pass starts. The Fisher is the mean over examples of Σ_seeds (per-example gradient)².
-To add one, write a file here that defines `seeds`; its name is the estimator's.
+An estimator turns one batch's logits into *starts*: tensors shaped like the logits from which a
+backward pass starts. The Fisher is the mean over examples of Σ_starts (per-example gradient)².
+To add one, write a file here that defines `starts`; its name is the estimator's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fisher_mergekit.measure.likelihoods.base import Likelihood
 class Estimator(Protocol):
     """What a file here defines."""
 
-    def seeds(
+    def starts(
         self, likelihood: Likelihood, logits: Tensor, batch: Batch, seed: int
     ) -> Iterator[Tensor]:
-        """Yield the seeds of one batch, each shaped like the logits."""
+        """Yield the starts of one batch, each shaped like the logits."""
         ...
 
 

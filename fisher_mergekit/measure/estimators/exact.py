@@ -14,6 +14,6 @@ from fisher_mergekit.measure.batches import Batch
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 
 
-def seeds(likelihood: Likelihood, logits: Tensor, batch: Batch, seed: int) -> Iterator[Tensor]:
+def starts(likelihood: Likelihood, logits: Tensor, batch: Batch, seed: int) -> Iterator[Tensor]:
     """Yield the columns of the likelihood's factor."""
     yield from likelihood.factor(logits, batch)

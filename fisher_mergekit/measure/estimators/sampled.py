@@ -10,6 +10,6 @@ from fisher_mergekit.measure.batches import Batch
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 
 
-def seeds(likelihood: Likelihood, logits: Tensor, batch: Batch, seed: int) -> Iterator[Tensor]:
+def starts(likelihood: Likelihood, logits: Tensor, batch: Batch, seed: int) -> Iterator[Tensor]:
     """Yield the score of one drawn outcome."""
     yield likelihood.score(logits, batch, likelihood.sample(logits, batch, seed))

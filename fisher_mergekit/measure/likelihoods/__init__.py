@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.likelihoods.base import Likelihood
@@ -15,16 +16,16 @@ for _module in iter_modules(__path__, __name__ + "."):
     import_module(_module.name)
 
 
-def likelihood_for(architecture: str) -> Likelihood:
-    """Return the likelihood of a transformers class, by the end of its name.
+def likelihood_for(architecture: str, config: Any = None) -> Likelihood:
+    """Return the likelihood of a transformers class, by the end of its name and its configuration.
 
     Raises:
         MeasureError: no file here knows this head.
     """
     for likelihood in Likelihood.known:
-        if architecture.endswith(likelihood.heads):
+        if likelihood.fits(architecture, config):
             return likelihood()
-    heads = ", ".join(head for known in Likelihood.known for head in known.heads)
+    heads = ", ".join(sorted({head for known in Likelihood.known for head in known.heads}))
     raise MeasureError(
         f"no likelihood is known for {architecture}. Models that can be measured end in: {heads}."
     )

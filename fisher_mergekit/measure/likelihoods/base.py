@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fisher_mergekit.errors import CalibrationError
 from fisher_mergekit.measure.batches import Batch
 
 
@@ -28,11 +29,28 @@ class Likelihood(ABC):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        Likelihood.known.append(cls)
+        if "heads" in cls.__dict__:  # what has none is there to be inherited from
+            Likelihood.known.append(cls)
+
+    @classmethod
+    def fits(cls, architecture: str, config: Any) -> bool:
+        """Return whether a transformers class with this configuration (or None) has this head."""
+        return architecture.endswith(cls.heads)
 
     @abstractmethod
     def check(self, config: Any, estimator: str) -> None:
         """Raise MeasureError if the configuration asks for another likelihood or estimator."""
+
+    @abstractmethod
+    def target(
+        self, inputs: dict[str, Tensor], prompt: int, label: int | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return an example's `scored` and `outcome`."""
+
+    def logits(self, output: Any, batch: Batch) -> Tensor:
+        """Return what the likelihood is a function of, the examples along the first axis."""
+        logits: Tensor = output.logits
+        return logits
 
     @abstractmethod
     def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:
@@ -42,13 +60,15 @@ class Likelihood(ABC):
     def sample(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
         """Draw one outcome an example; the draw depends on the seed and the example alone."""
 
-    @abstractmethod
     def observed(self, batch: Batch) -> Tensor:
         """Return the outcomes in the data.
 
         Raises:
             CalibrationError: the data has none.
         """
+        if batch.outcome is None:
+            raise CalibrationError("the empirical estimator needs a label for every example.")
+        return batch.outcome
 
     @abstractmethod
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:

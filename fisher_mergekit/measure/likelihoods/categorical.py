@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mergekit.errors import CalibrationError, MeasureError
+from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.likelihoods.draws import inverse_cdf, uniforms
@@ -30,18 +30,18 @@ class Categorical(Likelihood):
                 "far only single-label classification with two or more classes can be measured."
             )
 
+    def target(
+        self, inputs: dict[str, Tensor], prompt: int, label: int | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return None, None if label is None else torch.tensor(label)
+
     def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:
         score = logits.double().softmax(-1).neg_()
         return score.scatter_add_(1, outcome[:, None], torch.ones_like(score[:, :1]))
 
     def sample(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
-        uniform = uniforms(seed, batch.examples, 1)[:, 0]
+        uniform = uniforms(seed, batch.numbers, 1)[:, 0]
         return inverse_cdf(logits.double().softmax(-1), uniform)
-
-    def observed(self, batch: Batch) -> Tensor:
-        if batch.labels is None:
-            raise CalibrationError("the empirical estimator needs a label for every example.")
-        return batch.labels
 
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the C − 1 columns of the Cholesky factor of diag(p) − ppᵀ.

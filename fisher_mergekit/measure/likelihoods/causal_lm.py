@@ -1,9 +1,9 @@
 """A causal LM: log p(x) = Σ_t log p(x_t | x_<t) over the second to the last token.
 
 Logits are `[b, t, v]`; position t predicts token t + 1. Padding, and the prompt if it is masked, is
-not scored. An outcome is one token a position, `[b, t − 1]`. Drawing each from the model given the
-true prefix makes the cross terms between positions vanish in expectation: the squared sequence
-gradient of a sampled outcome is then an unbiased estimate of the sum of token-level Fishers.
+not scored. Drawing each token from the model given the true prefix makes the cross terms between
+positions vanish in expectation: the squared sequence gradient of a sampled outcome is then an
+unbiased estimate of the sum of token-level Fishers.
 """
 
 from __future__ import annotations
@@ -16,54 +16,46 @@ from torch import Tensor
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch
-from fisher_mergekit.measure.likelihoods.base import Likelihood
-from fisher_mergekit.measure.likelihoods.draws import inverse_cdf, uniforms
-
-CHUNK = 256
-"""Rows of `[b t, v]` that are held in float32 at once."""
+from fisher_mergekit.measure.likelihoods.positions import CategoricalPositions
 
 
-class CausalLM(Likelihood):
+class CausalLM(CategoricalPositions):
     """Next-token prediction."""
 
     name = "causal_lm"
-    heads = ("ForCausalLM", "LMHeadModel")
+    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     default_estimator = "sampled"
     needs_label = False
+
+    @classmethod
+    def fits(cls, architecture: str, config: Any) -> bool:
+        # Vision-language models are called `ForConditionalGeneration`, as encoder-decoders are.
+        return super().fits(architecture, config) and not (
+            getattr(config, "is_encoder_decoder", architecture.endswith(cls.heads[-1]))
+        )
 
     def check(self, config: Any, estimator: str) -> None:
         if estimator == "exact":
             raise MeasureError(
                 "the exact estimator would need one backward pass for each of the "
-                f"{config.vocab_size:,} tokens of the vocabulary. Use `estimator: sampled`, which "
-                "is unbiased and needs one."
+                f"{config.get_text_config().vocab_size:,} tokens of the vocabulary. Use "
+                "`estimator: sampled`, which is unbiased and needs one."
             )
 
-    def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:
-        scored = batch.scored[:, 1:]
-        score = torch.zeros_like(logits)
-        # Only scored rows, and few at once: no second [b, t, v] in float32.
-        examples, positions = scored.nonzero(as_tuple=True)
-        for start in range(0, len(examples), CHUNK):
-            at = examples[start : start + CHUNK], positions[start : start + CHUNK]
-            chunk = logits[at].float().softmax(-1).neg_()
-            chunk.scatter_add_(1, outcome[at][:, None], torch.ones_like(chunk[:, :1]))
-            score[at] = chunk.to(score.dtype)
-        return score
-
-    def sample(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
-        length = logits.shape[1] - 1
-        uniform = uniforms(seed, batch.examples, length)
-        outcome = torch.zeros(len(logits), length, dtype=torch.long, device=logits.device)
-        for example in range(len(logits)):
-            for start in range(0, length, CHUNK):
-                rows = slice(start, min(start + CHUNK, length))
-                p = logits[example, rows].float().softmax(-1)
-                outcome[example, rows] = inverse_cdf(p, uniform[example, rows])
-        return outcome
-
-    def observed(self, batch: Batch) -> Tensor:
-        return batch.inputs["input_ids"][:, 1:]
+    def target(
+        self, inputs: dict[str, Tensor], prompt: int, label: int | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return next_tokens(inputs["input_ids"][0], prompt)
 
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
         raise NotImplementedError("`check` refuses the exact estimator")
+
+
+def next_tokens(ids: Tensor, prompt: int = 0) -> tuple[Tensor, Tensor]:
+    """Return which positions of `ids` `[t]` are scored, and the token that each predicts.
+
+    The last position predicts nothing; a token of the prompt is not scored.
+    """
+    following = torch.arange(1, len(ids) + 1)
+    scored = (following >= prompt) & (following < len(ids))
+    return scored, torch.cat([ids[1:], ids.new_zeros(1)])
