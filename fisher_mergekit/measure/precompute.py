@@ -22,7 +22,6 @@ from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.session import Session
 from fisher_mergekit.measure.subject import (
-    Subject,
     check_tensors,
     load_subject,
     read_config,
@@ -124,13 +123,8 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         examples, calibration.batch_size, lambda count: progress(count, len(examples))
     )
     dtype = getattr(torch, calibration.sidecar_dtype)
-    tensors: dict[str, torch.Tensor] = {}
-    written: set[torch.nn.Parameter] = set()
-    for name, parameter in sorted_names(subject):
-        tensor = fishers[parameter].to("cpu", dtype)
-        # Files that hold a tied tensor under two names: safetensors writes no shared memory.
-        tensors[name] = tensor.clone() if parameter in written else tensor
-        written.add(parameter)
+    on_disk = {name: tensor.to("cpu", dtype) for name, tensor in subject.on_disk(fishers)}
+    tensors = dict(sorted(on_disk.items()))
     measurement = Measurement(
         settings=_settings(calibration, likelihood, estimator, [len(e) for e in examples]),
         calibration={**source_of(calibration), "fingerprint": fingerprint(examples)},
@@ -146,11 +140,6 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
     return write_sidecar(
         job.out, job.kind, identity, measurement, tensors, shard_size=job.shard_size
     )
-
-
-def sorted_names(subject: Subject) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return the measured tensors' names on disk and their parameters, sorted by name."""
-    return sorted(subject.names.items(), key=lambda item: item[0])
 
 
 def _settings(

@@ -1,28 +1,28 @@
-"""The model that is measured, and which of its parameters is which tensor in its files.
+"""The model that is measured, and what of it is which tensor in its files.
 
-In memory a tensor can have another name than on disk: a checkpoint without the head's prefix
-(`h.0.attn…` for `transformer.h.0.attn…`), or old spellings (`LayerNorm.gamma`). A sidecar uses the
-names on disk. They are matched by name and then *compared by value*: a measured parameter that is
-not the very tensor it is filed under would put one tensor's Fisher on another.
+In memory a tensor can have another name than on disk, or be packed with others into one parameter
+(`fisher_mergekit/sidecar/layout.py`). A sidecar has the names and shapes on disk. Where each number
+comes from is *compared by value*: a parameter that does not hold what the files have at the place
+it is filed under would put one tensor's Fisher on another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from fisher_mergekit.errors import CheckpointError, MeasureError
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import WeightRecord
-
-_OLD_SPELLINGS = ((".gamma", ".weight"), (".beta", ".bias"))
+from fisher_mergekit.sidecar.layout import BLOCK, Group, Layout, skeleton
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Subject:
         model: on its device, in the dtype to compute in.
         architecture: name of its transformers class.
         checkpoint: its files.
-        names: every floating tensor in the files that is a parameter, and that parameter.
+        groups: the floating tensors in the files that become parameters, and which.
         unmeasured: the other floating tensors in the files, and why they are not measured.
     """
 
     model: nn.Module
     architecture: str
     checkpoint: Checkpoint
-    names: dict[str, nn.Parameter]
+    groups: tuple[Group, ...]
     unmeasured: dict[str, str]
 
     @property
@@ -56,11 +56,34 @@ class Subject:
 
     def weight_records(self) -> dict[str, WeightRecord]:
         """Return the identity of every measured tensor, as it is in the files."""
+        measured = {source.name for group in self.groups for source in group.sources}
         return {
             name: WeightRecord(dtype=info.dtype, shape=info.shape, digest=info.digest())
             for name, info in self.checkpoint.items()
-            if name in self.names
+            if name in measured
         }
+
+    def on_disk(self, values: MutableMapping[nn.Parameter, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield every measured tensor's name in the files, and its values in its shape there.
+
+        Args:
+            values: one tensor a parameter, in its shape. Each is taken out after its last use, so
+                that what has to be moved does not stand in memory twice.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        left = Counter(parameters[name] for group in self.groups for name in group.targets)
+        for group in self.groups:
+            owners = {name: parameters[name] for name in group.targets}
+            given = {name: values[owner] for name, owner in owners.items()}
+            left.subtract(owners.values())
+            for owner in set(owners.values()):
+                if not left[owner]:
+                    del values[owner]
+            again = any(owner in values for owner in owners.values())
+            for name, tensor in group.restore(given):
+                # Files can hold a tied tensor under two names; safetensors writes no shared memory.
+                yield name, tensor.clone() if again and group.is_plain else tensor
+            del given
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
@@ -110,23 +133,20 @@ def check_tensors(config: PretrainedConfig, architecture: str, checkpoint: Check
         CheckpointError: a configuration that describes no model.
         MeasureError: a parameter without a tensor of its shape, or a value that is not finite.
     """
-    if not hasattr(transformers, architecture):
-        return  # remote code is not run before it has to be
     try:
-        with torch.device("meta"):
-            skeleton = getattr(transformers, architecture)(config)
-    except Exception as error:  # whatever its code stumbles over
-        raise CheckpointError(
-            f"{checkpoint.folder}/config.json describes no {architecture} that transformers can "
-            f"build: {error}"
-        ) from None
-    for name, match in _match(skeleton, checkpoint)[0].items():
-        values = checkpoint.load(name)
-        if not values.isfinite().all():
-            raise MeasureError(
-                f"{name} in {checkpoint[name].file} holds NaN or infinity ({match}). Nothing that "
-                "is computed with this model means anything; save it again from a sound copy."
-            )
+        model = skeleton(config, architecture)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder}/{error.message}") from None
+    if model is None:
+        return
+    for group in _match(model, checkpoint)[0]:
+        for source in group.sources:
+            if not checkpoint.load(source.name).isfinite().all():
+                raise MeasureError(
+                    f"{source.name} in {source.file} holds NaN or infinity "
+                    f"({', '.join(group.targets)}). Nothing that is computed with this model "
+                    "means anything; save it again from a sound copy."
+                )
 
 
 def load_subject(
@@ -155,12 +175,11 @@ def load_subject(
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     model.config.use_cache = False
     _settle_padding(model.config, tokenizer)
-    names, unmeasured = _match(model, checkpoint)
+    groups, unmeasured = _match(model, checkpoint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, match in names.items():
-        _compare(checkpoint, name, match, parameters[match])
-    measured = {name: parameters[match] for name, match in names.items()}
-    return Subject(model.to(device), architecture, checkpoint, measured, unmeasured)
+    for group in groups:
+        _compare(checkpoint, group, parameters)
+    return Subject(model.to(device), architecture, checkpoint, groups, unmeasured)
 
 
 def _model_class(architecture: str) -> Any:
@@ -189,66 +208,81 @@ def _settle_padding(config: PretrainedConfig, tokenizer: Any) -> None:
     config.pad_token_id = 0
 
 
-def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
-    """Match the floating tensors in the files with the parameters in memory, by name.
+def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """Find out which floating tensors in the files become which parameters in memory.
 
     Returns:
-        The parameter's name by the tensor's, and why the other tensors are not measured.
+        What becomes what, and why the other tensors are not measured.
 
     Raises:
+        CheckpointError: tensors that are converted together do not fit together.
         MeasureError: a parameter has no tensor, or one of another shape.
     """
+    layout = Layout(model, {name: info for name, info in checkpoint.items() if info.is_floating})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    prefix = getattr(model, "base_model_prefix", "")
-    names: dict[str, str] = {}
-    unmeasured: dict[str, str] = {}
-    for name, info in checkpoint.items():
-        if not info.is_floating:
-            continue
-        spellings = list(_spellings(name, prefix))
-        match = next((s for s in spellings if s in parameters), None)
-        if match is not None:
-            names[name] = match
-            needed = parameters[match].shape
-            if info.shape != needed:
-                raise MeasureError(
-                    f"{name} in {info.file} has shape {list(info.shape)}, but by config.json "
-                    f"{type(model).__name__} has {list(needed)} there. Weights and configuration "
-                    "must belong together."
-                )
-        elif any(s in buffers for s in spellings):
-            unmeasured[name] = "a buffer"
+    unmeasured = dict.fromkeys(layout.unused, f"not used by {type(model).__name__}")
+    groups = []
+    for group in layout.groups:
+        if all(name in parameters for name in group.targets):
+            _check_shapes(group, parameters, model)
+            groups.append(group)
         else:
-            unmeasured[name] = f"not used by {type(model).__name__}"
-    found = {parameters[match] for match in names.values()}
+            why = "a buffer" if buffers & group.targets.keys() else "no parameter of the model"
+            unmeasured |= dict.fromkeys((source.name for source in group.sources), why)
+    found = {parameters[name] for group in groups for name in group.targets}
     lost = [name for name, p in model.named_parameters() if p not in found]
     if lost:
         raise MeasureError(
             f"{checkpoint.folder} has no tensors for {len(lost)} parameters of "
             f"{type(model).__name__} ({', '.join(lost[:4])}). Only a whole model can be measured: "
-            "transformers would fill in random numbers, or make them from other tensors while "
-            "loading, which cannot be measured yet."
+            "transformers would fill in random numbers."
         )
-    return names, unmeasured
+    return tuple(groups), unmeasured
 
 
-def _compare(checkpoint: Checkpoint, name: str, match: str, parameter: nn.Parameter) -> None:
-    """Raise MeasureError if the parameter is not the very tensor in the file."""
-    stored = checkpoint.load(name)
-    if not torch.equal(stored.to(parameter.dtype), parameter.detach()):
+def _check_shapes(group: Group, parameters: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Raise MeasureError if the files hold something of another shape than the model."""
+    for name, shape in group.targets.items():
+        needed = parameters[name].shape
+        if shape != needed:
+            held = "has shape" if group.is_plain else f"would become {name} of shape"
+            raise MeasureError(
+                f"{group.described()} in {group.sources[0].file} {held} {list(shape)}, but by "
+                f"config.json {type(model).__name__} has {list(needed)} there. Weights and "
+                "configuration must belong together."
+            )
+
+
+def _compare(checkpoint: Checkpoint, group: Group, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise MeasureError if parameters do not hold the very numbers of the tensors in the files.
+
+    Raises:
+        CheckpointError: a conversion does more than move them.
+    """
+    some = next(iter(group.targets))
+    stored = [checkpoint.load(source.name).to(parameters[some].dtype) for source in group.sources]
+    if group.is_plain:
+        same = torch.equal(stored[0], parameters[some].detach())
+    else:
+        same = _are_moved(stored, group, parameters)
+    if not same:
         raise MeasureError(
-            f"{name} in {checkpoint[name].file} is not what the model holds as {match}: "
-            "transformers converts this checkpoint while loading, which cannot be measured yet."
+            f"{group.described()} in {group.sources[0].file} is not what the model holds as "
+            f"{', '.join(group.targets)}: transformers changes this checkpoint while loading in a "
+            "way that is not known, so it cannot be measured."
         )
 
 
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """Yield the names that a tensor in the files can have in memory."""
-    for old, new in (("", ""), *_OLD_SPELLINGS):
-        if not name.endswith(old):
-            continue
-        plain = name[: len(name) - len(old)] + new
-        yield plain
-        yield f"{prefix}.{plain}"
-        yield plain.removeprefix(f"{prefix}.")
+def _are_moved(stored: Sequence[Tensor], group: Group, parameters: dict[str, nn.Parameter]) -> bool:
+    """Return whether every number in memory stands in the files where it is said to come from."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in stored])
+    return all(
+        torch.equal(flat.take(block.long()), held)
+        for name, place in group.places().items()
+        for block, held in zip(
+            place.reshape(-1).split(BLOCK),
+            parameters[name].detach().reshape(-1).split(BLOCK),
+            strict=True,
+        )
+    )
