@@ -25,6 +25,15 @@ _ENCODER = {
     "intermediate_size": 12,
     "max_position_embeddings": 16,
 }
+_DECODER = {**_ENCODER, "num_key_value_heads": 1, "head_dim": 4}
+_VISION = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "image_size": 8,
+    "patch_size": 4,
+}
 FAMILIES = {
     "bert": ("BertForSequenceClassification", _ENCODER),
     "roberta": ("RobertaForSequenceClassification", _ENCODER),
@@ -62,17 +71,60 @@ FAMILIES = {
             "num_heads": 2,
         },
     ),
-    "vit": (
-        "ViTForImageClassification",
+    "vit": ("ViTForImageClassification", _VISION),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
         {
-            "hidden_size": 8,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 12,
-            "image_size": 8,
-            "patch_size": 4,
+            **_DECODER,
+            "num_experts": 3,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 6,
+            "tie_word_embeddings": False,
         },
     ),
+    "olmoe": ("OlmoeForCausalLM", {**_DECODER, "num_experts": 3, "num_experts_per_tok": 1}),
+    "granite_moe": (
+        "GraniteMoeForCausalLM",
+        {**_DECODER, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {"model_type": "llama", **_DECODER},
+            "vision_config": {"model_type": "clip_vision_model", **_VISION},
+            "image_token_index": 20,
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                **_DECODER,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "mrope_section": [1, 1, 0],
+                    "rope_theta": 1e4,
+                },
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 8,
+                "num_heads": 2,
+                "intermediate_size": 12,
+                "out_hidden_size": 8,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 16,
+                "fullatt_block_indexes": [0],
+            },
+            "image_token_id": 20,
+            "video_token_id": 21,
+            "vision_start_token_id": 22,
+            "vision_end_token_id": 23,
+        },
+    ),
+    "neox": ("GPTNeoXForCausalLM", _ENCODER),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16},
