@@ -4,7 +4,7 @@ The way of the data, one room each:
 
     calibration.py   rows of a data set -> texts and labels
     batches.py       texts -> token ids -> padded batches
-    subject.py       a checkpoint -> the model, and which parameter is which tensor in its files
+    subject.py       a checkpoint -> the model, and what of it is which tensor in its files
     likelihoods/     logits -> the score of an outcome: what log p(y|x) is for this head
     estimators/      where y comes from: exact, sampled, empirical
     taps.py          every layer's inputs and output gradients, batch by batch
