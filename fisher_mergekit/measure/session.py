@@ -64,6 +64,7 @@ class Session:
         """Names of the parameters that are measured one example at a time."""
         return tuple(self._taps.loose.values())
 
+    @torch.enable_grad()
     def run(
         self,
         examples: Sequence[Example],

@@ -1,4 +1,4 @@
-"""What must hold of any Fisher, whatever the model, and what well-known mistakes would give."""
+"""What must hold of any Fisher, whatever the model."""
 
 from __future__ import annotations
 
@@ -110,98 +110,6 @@ class TestSampled:
                 continue  # zero on paper: the bias of attention keys
             standard_error = sums.std() / len(draws) ** 0.5
             assert (sums.mean() - value.sum()).abs() <= 4 * standard_error, name
-
-
-def mistaken(subject, formula):
-    """Apply a formula to [example][class] gradients in float64; return a Fisher by name."""
-    model, examples = subject
-    log_ps, gradients = [], []
-
-    def one(model, batch):
-        log_p = model(**batch.inputs).logits[0].log_softmax(-1)
-        log_ps.append(log_p.detach())
-        gradients.append([oracles.gradients(log_p[y], model) for y in range(len(log_p))])
-        return {}
-
-    oracles.mean_over_examples(model, examples, one)
-    p = torch.stack(log_ps).exp()
-    return {
-        name: formula(p, torch.stack([torch.stack([g[name] for g in row]) for row in gradients]))
-        for name in dict(model.named_parameters())
-    }
-
-
-def weighted(weights, gradients):
-    """Multiply `[b, y]` weights into `[b, y, …]` gradients."""
-    return weights.reshape(*weights.shape, *[1] * (gradients.dim() - 2)) * gradients
-
-
-MISTAKES = {
-    "a detached expectation of the score, identically zero": lambda p, g: (
-        weighted(p, g).sum(1).square().mean(0)
-    ),
-    "the square of the batch's summed gradient": lambda p, g: (
-        weighted(p.sqrt(), g).sum(0).square().sum(0) / len(p)
-    ),
-    "√p inside, squared after summing labels and examples": lambda p, g: (
-        weighted(p.sqrt(), g).sum((0, 1)).square() / len(p)
-    ),
-    "√p inside, squared after summing labels: cross terms between labels": lambda p, g: (
-        weighted(p.sqrt(), g).sum(1).square().mean(0)
-    ),
-    "the most likely label only": lambda p, g: (
-        g[torch.arange(len(p)), p.argmax(1)].square().mean(0)
-    ),
-    "the mean over batches instead of examples": lambda p, g: (
-        weighted(p, g.square()).sum((0, 1)) / -(-len(p) // 5)
-    ),
-    "all labels alike": lambda p, g: g.square().mean((0, 1)),
-}
-
-
-@pytest.fixture(scope="module")
-def found(subject):
-    return tiny.measured(*subject, batch_size=5)
-
-
-class TestKnownMistakes:
-    """Each is in some published implementation; on the same data each gives something else."""
-
-    def test_the_definition_is_what_we_compute(self, subject, found):
-        expected = mistaken(subject, lambda p, g: weighted(p, g.square()).sum(1).mean(0))
-        assert_same_fishers(found, expected)
-
-    @pytest.mark.parametrize("mistake", MISTAKES)
-    def test_we_do_not_compute(self, subject, found, mistake):
-        wrong = mistaken(subject, MISTAKES[mistake])
-        for name, value in found.items():
-            if ".key.bias" not in name:  # zero on paper, and in every mistake
-                assert rms(value - wrong[name]) > 1e-2 * rms(value), name
-
-    def test_tokens_of_a_sequence_are_not_squared_apart(self, language_subject):
-        """(Σ_t ∇ℓ_t)² and Σ_t (∇ℓ_t)² differ by the cross terms, which `sequence` keeps."""
-        model, examples = language_subject[0], tiny.ragged_texts(12)
-        found = tiny.measured(model, examples, "empirical")
-
-        def apart(model, batch):
-            log_p = model(**batch.inputs).logits[0].log_softmax(-1)
-            total, ids = oracles.zeros(model), batch.inputs["input_ids"][0]
-            for t in range(1, len(ids)):
-                for name, g in oracles.gradients(log_p[t - 1, ids[t]], model).items():
-                    total[name] += g.square()
-            return total
-
-        wrong = oracles.mean_over_examples(model, examples, apart)
-        for name, value in found.items():
-            assert rms(value - wrong[name]) > 1e-2 * rms(value), name
-
-    def test_a_longer_text_counts_by_its_sum_not_its_mean(self, language_subject):
-        """Token-mean losses shrink squares by 1/T²; a sum keeps them."""
-        model = language_subject[0]
-        (longest,) = [e for e in tiny.ragged_texts(12) if len(e) == 9][:1]
-        found = tiny.measured(model, [longest], "empirical")
-        expected = oracles.causal_lm_given(model, [longest], {longest.number: tiny.ids_of(longest)})
-        assert_same_fishers(found, expected)
 
 
 class TestBatches:
