@@ -5,6 +5,7 @@
       fisher.safetensors        one file a kind, or shards and an index
       README.md                 a page to publish (`page.py`)
 
-`checkpoint.py` reads the model's own files, `layout.py` says what transformers makes of them, `reader.py` and `writer.py` the sidecar's,
-`location.py` says where a model's sidecar is. Nothing here knows how to measure or how to merge.
+`checkpoint.py` reads the model's own files, `layout.py` says what transformers makes of them,
+`reader.py` and `writer.py` the sidecar's, `location.py` says where a model's sidecar is. Nothing
+here knows how to measure or how to merge.
 """
