@@ -192,20 +192,27 @@ def _model_class(architecture: str) -> Any:
 
 
 def _settle_padding(config: PretrainedConfig, tokenizer: Any) -> None:
-    """Agree on one padding id: classifiers of decoders look for the last token that is not it."""
-    candidates = (
-        config.pad_token_id,
-        tokenizer.pad_token_id,
-        config.eos_token_id,
-        tokenizer.eos_token_id,
-    )
-    for candidate in candidates:
+    """Agree on one padding id: classifiers of decoders look for the last token that is not it.
+
+    A model of several parts, as of images and text, keeps its words' ids with its text part.
+    """
+    text = config.get_text_config()
+    words = getattr(text, "vocab_size", 0)
+    padding = 0
+    for source, key in (
+        (config, "pad_token_id"),
+        (text, "pad_token_id"),
+        (tokenizer, "pad_token_id"),
+        (text, "eos_token_id"),
+        (tokenizer, "eos_token_id"),
+    ):
+        candidate = getattr(source, key, None)
         if isinstance(candidate, list):
             candidate = candidate[0]
-        if candidate is not None and 0 <= candidate < config.vocab_size:
-            config.pad_token_id = int(candidate)
-            return
-    config.pad_token_id = 0
+        if candidate is not None and 0 <= candidate < words:
+            padding = int(candidate)
+            break
+    config.pad_token_id = text.pad_token_id = padding
 
 
 def _match(model: nn.Module, checkpoint: Checkpoint) -> tuple[tuple[Group, ...], dict[str, str]]:
