@@ -5,7 +5,9 @@ Nothing here raises, so that one planning can tell everything at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,9 +16,13 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from fisher_mergekit.errors import CheckpointError
 from fisher_mergekit.merging import exclude
-from fisher_mergekit.merging.slots import Files, Slot, find
+from fisher_mergekit.merging.files import Files, ModelFiles
+from fisher_mergekit.merging.slots import Slot
 from fisher_mergekit.recipe import parameter_problems
+from fisher_mergekit.sidecar.checkpoint import TensorInfo
+from fisher_mergekit.sidecar.layout import Layout, skeleton
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """What a merge can be written in."""
@@ -30,6 +36,8 @@ TASK_CLASSES = (
     "Segmentation",
 )
 """Endings of `transformers` classes whose head belongs to one task; a language model's does not."""
+
+_LAYER = re.compile(r"\.\d+(?=\.)")
 
 
 def recipe(config: MergeConfiguration, options: MergeOptions) -> list[str]:
@@ -107,7 +115,7 @@ def tensors(
         """Return the `exclude:` line, where that makes sense and base_model has the tensors."""
         if 2 * len(offenders) > len(slots):
             return "That is most of the model; merge models of one architecture and size."
-        lost = [s.name for s in offenders if base in files and find(s.weight, files[base]) is None]
+        lost = [s.name for s in offenders if base in files and files[base].find(s.weight) is None]
         if lost:
             return (
                 f"base_model {base} itself lacks {_some(lost)}; name as `base_model:` a model "
@@ -130,7 +138,7 @@ def tensors(
             "`exclude:` keeps every tensor out, so that nothing is left to merge. Exclude only the "
             "task heads."
         )
-    problems += _converted(merged)
+    problems += _computed(merged)
     unknown = [s for s in merged if s.sources and not _is_anywhere(s, base, files)]
     if unknown:
         asked = [s.sources[0].weight.name for s in unknown]  # in a slice not the output's name
@@ -139,11 +147,7 @@ def tensors(
             "has it. Either a `layer_range` goes beyond the last layer, or mergekit does not know "
             "these models well enough to merge them."
         )
-    missing = [
-        s
-        for s in merged
-        if s not in unknown and any(p.info is None and not p.converted for p in s.sources)
-    ]
+    missing = [s for s in merged if s not in unknown and not s.is_complete]
     if missing:
         problems.append(
             f"not every model has every tensor: {_absentees(missing)}. {remedy(missing)}"
@@ -197,7 +201,7 @@ def output_config(slots: Sequence[Slot], architecture: ModelArchitecture, config
 
 
 def left_out(
-    model: ModelReference,
+    files: ModelFiles,
     config: Any,
     names: Iterable[str],
     architecture: ModelArchitecture,
@@ -208,7 +212,7 @@ def left_out(
     What it does not know it leaves out in silence, and transformers then draws it at random.
 
     Args:
-        model: for the message.
+        files: the model's.
         config: the model's `transformers` configuration.
         names: the model's measured parameters, by their names in its files.
         architecture: mergekit's description of the models.
@@ -219,13 +223,54 @@ def left_out(
     known: set[str] = set()
     for weight in architecture.all_weights(config):
         known |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        stored = files.find(weight)
+        known |= {part.name for part in stored.parts} if stored is not None else set()
     unknown = [name for name in names if name not in known]
-    if not unknown:
-        return []
-    return [
-        f"mergekit does not know {_some(unknown)} of {model}, so the merged model would lack "
-        "them; it cannot merge this kind of model."
-    ]
+    return [_lacking(unknown, str(files.model))] if unknown else []
+
+
+def loads(slots: Sequence[Slot], config: Any) -> list[str]:
+    """Check that transformers would load the output: every parameter, and nothing converted twice.
+
+    Args:
+        slots: all output tensors, complete.
+        config: the output's `transformers` configuration.
+    """
+    names = config.architectures or [""]
+    try:
+        model = skeleton(config, names[0])
+        if model is None:
+            return []
+        layout = Layout(model, {slot.name: _as_written(slot) for slot in slots if slot.sources})
+    except CheckpointError as error:
+        return [f"transformers could not load the merged model: {error.message}"]
+    made = {name for group in layout.groups for name in group.targets}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    found = {id(parameter) for name, parameter in by_name.items() if name in made}
+    lost = [name for name, p in model.named_parameters() if id(p) not in found]
+    if lost:
+        return [_lacking(lost, names[0])]
+    again = {s.name for g in layout.groups if not g.is_plain for s in g.sources}
+    twice = [s.name for s in slots if s.name in again and any(x.is_made for x in s.sources)]
+    if twice:
+        return [
+            f"mergekit asks for {_some(twice)} as transformers has it in memory, and writes it "
+            "under a name that transformers would convert once more while loading. Save all models "
+            "again with one version of transformers."
+        ]
+    return []
+
+
+def _as_written(slot: Slot) -> TensorInfo:
+    tensor = slot.sources[0].tensor
+    return TensorInfo(slot.name, Path(), tensor.dtype, tensor.shape, 0, 0)
+
+
+def _lacking(names: Sequence[str], of: str) -> str:
+    return (
+        f"mergekit does not know {_some(names)} of {of}, so the merged model would lack them; it "
+        "cannot merge this kind of model."
+    )
 
 
 def task_head(names: Sequence[str], config: Any) -> list[str]:
@@ -243,15 +288,15 @@ def task_head(names: Sequence[str], config: Any) -> list[str]:
 
 
 def _is_anywhere(slot: Slot, base: ModelReference | None, files: Files) -> bool:
-    """Whether a source has the tensor, as it is or to be converted, or base_model has it."""
-    in_base = base in files and find(slot.weight, files[base]) is not None
-    return in_base or any(s.info is not None or s.converted for s in slot.sources)
+    """Whether a source or base_model has the tensor."""
+    in_base = base in files and files[base].find(slot.weight) is not None
+    return in_base or any(source.stored is not None for source in slot.sources)
 
 
 def _unlike_base(slots: Iterable[Slot], base: ModelReference, files: Files) -> list[str]:
     """Find tensors that do not fit the output's configuration, which is base_model's."""
     for slot in slots:
-        info = find(slot.weight, files[base])
+        info = files[base].find(slot.weight)
         if info is not None and info.shape != slot.sources[0].tensor.shape:
             return [
                 f"the output gets its configuration from base_model {base}, where {slot.name} is "
@@ -271,22 +316,31 @@ def _not_in_base(slots: Iterable[Slot]) -> list[str]:
     ]
 
 
-def _converted(slots: Iterable[Slot]) -> list[str]:
-    names: dict[str, list[str]] = {}
-    for source in (source for slot in slots for source in slot.sources if source.converted):
-        names.setdefault(str(source.model), []).append(source.weight.name)
-    return [
-        f"{model}: {_some(found)} lies in its files in another layout, which transformers converts "
-        "while loading; the measured statistics cannot follow that conversion yet."
-        for model, found in names.items()
-    ]
+def _computed(slots: Iterable[Slot]) -> list[str]:
+    """Find tensors that transformers computes while loading, rather than only moving numbers.
+
+    Layers are alike, so of each kind of tensor one is looked at.
+    """
+    problems: dict[tuple[ModelReference, str], str | None] = {}
+    for source in (source for slot in slots for source in slot.sources):
+        group = source.stored.group if source.stored is not None else None
+        if group is None or not source.is_made:
+            continue
+        key = (source.model, _LAYER.sub(".N", source.tensor.name))
+        if key not in problems:
+            problems[key] = None
+            try:
+                group.places()
+            except CheckpointError as error:
+                problems[key] = f"{source.model}: {error.message}"
+    return [problem for problem in problems.values() if problem is not None]
 
 
 def _absentees(slots: Iterable[Slot]) -> str:
     names: dict[str, list[str]] = {}
     for slot in slots:
         for source in slot.sources:
-            if source.info is None and not source.converted:
+            if source.stored is None:
                 names.setdefault(str(source.model), []).append(source.weight.name)
     return "; ".join(f"{model} lacks {_some(found)}" for model, found in names.items())
 

@@ -56,20 +56,24 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
 
     files, told = slots.open_files(records)
     problems += told
-    outputs = slots.find_slots(records, files, patterns, options.trust_remote_code)
+    outputs = slots.find_slots(records, files, patterns)
     head = checks.task_head([slot.name for slot in outputs], planner.out_model_config)
     problems += checks.tensors(outputs, patterns, config.base_model, files, head)
+    if not all(slot.is_complete for slot in outputs):
+        problems += [f"{m}: {held.trouble}" for m, held in files.items() if held.trouble]
     if not sliced:
         problems += checks.output_config(outputs, planner.arch_info, planner.out_model_config)
+    if not (sliced or problems):
+        problems += checks.loads(outputs, planner.out_model_config)
 
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
     problems += told
     opened, told = sidecars.open_all(merged, resolved, config, method.kind, files)
     problems += told
-    for model, found in opened.items():
+    for model, found in opened.items() if not problems else ():
         problems += checks.left_out(
-            model,
+            files[model],
             model.config(options.trust_remote_code),
             found.sidecar,
             planner.arch_info,
@@ -151,6 +155,7 @@ def _task(
         return LoadTheta(
             model=source.model,
             name=source.tensor.name,
+            parts=_parts(source),
             label=slot.name,
             device=options.device if options.read_to_gpu else None,
         )
@@ -164,7 +169,7 @@ def _task(
     lambdas = tuple(values.lambdas[i] for i in values.counting)
     thetas = tuple(map(theta, parts))
     measured = [opened[part.model] for part in parts]
-    if not measured[0].describes(parts[0].tensor.name):
+    if not measured[0].describes(parts[0].tensor):
         return MergeTask(name=slot.name, thetas=thetas, lambdas=lambdas, dtype=dtype)
     return MergeTask(
         name=slot.name,
@@ -176,6 +181,7 @@ def _task(
                 path=found.sidecar.path,
                 kind=found.sidecar.kind,
                 name=part.tensor.name,
+                parts=_parts(part),
                 label=slot.name,
             )
             for part, found in zip(parts, measured, strict=True)
@@ -186,3 +192,8 @@ def _task(
         favor=values.counting.index(values.favored) if values.favored in values.counting else None,
         dtype=dtype,
     )
+
+
+def _parts(source: Source) -> tuple[str, ...]:
+    """Return the names in the files of what is converted, or nothing for a tensor as it is."""
+    return tuple(part.name for part in source.tensor.parts) if source.tensor.group else ()

@@ -11,8 +11,9 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from fisher_mergekit.errors import SidecarError, SidecarMissing
+from fisher_mergekit.merging.files import Files, Stored
 from fisher_mergekit.merging.settings import Settings
-from fisher_mergekit.merging.slots import Files, Slot
+from fisher_mergekit.merging.slots import Slot
 from fisher_mergekit.precision.fisher import root_mean_square
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
@@ -40,9 +41,9 @@ class ModelSidecar:
     sidecar: Sidecar
     scale: float
 
-    def describes(self, name: str) -> bool:
-        """Whether a tensor of the model was measured."""
-        return name in self.sidecar
+    def describes(self, tensor: Stored) -> bool:
+        """Whether a tensor of the model, or all that it is made of, was measured."""
+        return all(part.name in self.sidecar for part in tensor.parts)
 
 
 def open_anew(path: Path, kind: str) -> Sidecar:
@@ -85,11 +86,12 @@ def open_all(
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
     for model in counting:
         path = given.get(model) or reading_place(
-            model.model.path, model.model.revision, files[model].folder
+            model.model.path, model.model.revision, files[model].checkpoint.folder
         )
-        # A source that several outputs share is one tensor of the model, and counts once.
+        # A source that several outputs share is one tensor of the model, and counts once. The scale
+        # is that of the tensors in the files, whatever is made of them.
         sources = [source for s in merged for source in s.sources if source.model == model]
-        names = dict.fromkeys(source.tensor.name for source in sources)
+        names = dict.fromkeys(part.name for source in sources for part in source.tensor.parts)
         twins = {source.tensor.name: tuple(source.weight.tied_names or ()) for source in sources}
         found, told = open_checked(model, path, kind, files[model], list(names), twins)
         problems += told
@@ -223,7 +225,7 @@ def half_measured(
     problems = []
     for slot in merged:
         parts = [slot.sources[i] for i in resolved[slot.name].counting]
-        having = [s for s in parts if opened[s.model].describes(s.tensor.name)]
+        having = [s for s in parts if opened[s.model].describes(s.tensor)]
         lacking = [s for s in parts if s not in having]
         if having and lacking:
             problems.append(

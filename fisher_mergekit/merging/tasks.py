@@ -23,7 +23,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import CheckpointError, SidecarError
-from fisher_mergekit.merging import sidecars
+from fisher_mergekit.merging import files, sidecars
 from fisher_mergekit.precision import fisher, identity
 
 
@@ -31,7 +31,8 @@ class LoadTheta(Task[torch.Tensor]):
     """Load one tensor of one model, in the dtype it is stored in.
 
     Attributes:
-        name: the tensor's name in the model's files.
+        name: the tensor's name in the model's files; of one that is converted, in memory.
+        parts: what it is converted from, by name in the files.
         label: the output tensor's name.
         device: where to read it to; the CPU if None.
     """
@@ -39,6 +40,7 @@ class LoadTheta(Task[torch.Tensor]):
     model: ModelReference
     name: str
     label: str
+    parts: tuple[str, ...] = ()
     device: str | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
@@ -47,10 +49,15 @@ class LoadTheta(Task[torch.Tensor]):
 
     def execute(self, **_: Any) -> torch.Tensor:
         """Return the tensor as stored; mergekit's loader owns the memory."""
-        tensor: torch.Tensor = (
-            LoaderCache().get(self.model).get_tensor(self.name, device=self.device or "cpu")
-        )
-        return tensor
+        loader = LoaderCache().get(self.model)
+
+        def load(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = loader.get_tensor(name, device=self.device or "cpu")
+            return tensor
+
+        if not self.parts:
+            return load(self.name)
+        return files.reopen(self.model).convert(self.name, {p: load(p) for p in self.parts})
 
     def priority(self) -> int:
         """Load late, as mergekit's LoadTensor: only when nothing else can be done."""
@@ -67,7 +74,9 @@ class LoadPrecision(Task[torch.Tensor]):
     Attributes:
         path: the sidecar, a folder or one file.
         kind: which precision.
-        name: the tensor's name in the model's files, and so in the sidecar.
+        name: the tensor's name in the model's files, and so in the sidecar; of one that is
+            converted, in memory.
+        parts: what it is converted from, by name in the files.
         label: the output tensor's name.
     """
 
@@ -76,6 +85,7 @@ class LoadPrecision(Task[torch.Tensor]):
     kind: str
     name: str
     label: str
+    parts: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return nothing: it depends on files only."""
@@ -87,13 +97,18 @@ class LoadPrecision(Task[torch.Tensor]):
         Raises:
             SidecarError: the bytes or the values are not what a measurement can have written.
         """
-        tensor = sidecars.reopen(self.path, self.kind).load(self.name)
+        if not self.parts:
+            return self._load(self.name)
+        return files.reopen(self.model).convert(self.name, {p: self._load(p) for p in self.parts})
+
+    def _load(self, name: str) -> torch.Tensor:
+        tensor = sidecars.reopen(self.path, self.kind).load(name)
         if tensor.numel():
             # One pass for all three: a NaN anywhere makes both ends NaN.
             lowest, highest = tensor.aminmax()
             if not (lowest >= 0 and highest < torch.inf):
                 raise SidecarError(
-                    f"the sidecar {self.path} of {self.model} is corrupt: {self.name} holds "
+                    f"the sidecar {self.path} of {self.model} is corrupt: {name} holds "
                     f"values from {lowest.item()} to {highest.item()}, but a {self.kind} is "
                     f"finite and never negative. {sidecars.MEASURE_AGAIN}"
                 )
