@@ -3,6 +3,7 @@
     install.py    registers the methods and puts the one patch, after checking mergekit
     method.py     the object that mergekit's registry holds: parameters, and a refusal
     planner.py    the one place that touches mergekit's planner: record, check, build tasks
+    files.py      a model's tensors, and what transformers makes of them while loading
     slots.py      an output tensor and the models' tensors that go into it
     settings.py   lambda and the method's parameters, resolved for one output tensor
     checks.py     what is wrong with a recipe and its tensors
