@@ -9,8 +9,10 @@ whole gradient, which is the sum over all uses u of the parameter. A layer hands
 | `Product`    | Σ_t rows_bto cols_bti, `[out, in]`  | a matrix that multiplies tokens      |
 | `Scatter`    | Σ_t values_btd at row ids_bt        | a matrix whose rows are looked up    |
 | `Vector`     | values_b, any shape                 | all that is summed over tokens first |
+| `Segments`   | Σ_n rows_no cols_ni over its rows   | packed experts, `[e, out, in]`       |
 
-Axes: b examples, t tokens, o and i rows and columns of a matrix, v vocabulary, d features.
+Axes: b examples, t tokens, o and i rows and columns of a matrix, v vocabulary, d features, e
+experts, n rows of all experts after each other.
 Sums are in float32: bfloat16 sums stall after 256 equal terms.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,7 +54,19 @@ class Vector:
     values: Tensor
 
 
-Contribution = Product | Scatter | Vector
+@dataclass(frozen=True)
+class Segments:
+    """Products of neighbouring rows: `rows` `[n, o]`, `cols` `[n, i]`, one expert after another.
+
+    Row n belongs to expert e and example b if offsets[e * b_all + b] <= n < offsets[… + 1].
+    """
+
+    rows: Tensor
+    cols: Tensor
+    offsets: Sequence[int]
+
+
+Contribution = Product | Scatter | Vector | Segments
 
 
 @torch.no_grad()
@@ -62,6 +77,12 @@ def add_squares(total: Tensor, contributions: Sequence[Contribution]) -> None:
         total: float32 accumulator of the parameter's shape.
         contributions: all uses of the parameter in one batch.
     """
+    first, *others = contributions
+    if isinstance(first, Segments):
+        if others:
+            raise MeasureError("packed experts are used more than once in one pass.")
+        _add_segments(total, first)
+        return
     products = [c for c in contributions if isinstance(c, Product)]
     scatters = [c for c in contributions if isinstance(c, Scatter)]
     vectors = [c for c in contributions if isinstance(c, Vector)]
@@ -141,3 +162,26 @@ class _SortedRows:
         if low < high:
             ids = self._ids[example, low:high] - start
             gradient.index_add_(0, ids, self._values[example, low:high])
+
+
+def _add_segments(total_eoi: Tensor, segments: Segments) -> None:
+    """One product a segment and block of rows; a block of an expert stays in cache for all b."""
+    experts, out, width = total_eoi.shape
+    examples = (len(segments.offsets) - 1) // experts
+    height = max(1, min(out, CACHE_ELEMENTS // width))
+    buffer = total_eoi.new_empty(height, width)
+    for expert in range(experts):
+        edges = segments.offsets[expert * examples : (expert + 1) * examples + 1]
+        spans = [slice(a, b) for a, b in pairwise(edges) if a < b]
+        if not spans:
+            continue
+        everything = slice(edges[0], edges[-1])
+        rows, cols = segments.rows[everything].float(), segments.cols[everything].float()
+        spans = [slice(s.start - edges[0], s.stop - edges[0]) for s in spans]
+        for start in range(0, out, height):
+            total = total_eoi[expert, start : start + height]
+            gradient = buffer[: len(total)]
+            block = rows[:, start : start + height]
+            for span in spans:
+                torch.mm(block[span].T, cols[span], out=gradient)
+                total.addcmul_(gradient, gradient)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
+from fisher_mergekit.measure.axes import Axes
 from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, collate
 from fisher_mergekit.measure.estimators import Estimator
 from fisher_mergekit.measure.likelihoods.base import Likelihood
@@ -64,6 +65,11 @@ class Session:
         """Names of the parameters that are measured one example at a time."""
         return tuple(self._taps.loose.values())
 
+    @property
+    def again(self) -> tuple[str, ...]:
+        """Names of the parameters whose module runs again for each example."""
+        return tuple(self._taps.again)
+
     @torch.enable_grad()
     def run(
         self,
@@ -100,11 +106,42 @@ class Session:
         return totals
 
     def verify(self, examples: Sequence[Example]) -> None:
-        """Compare batches and rules with plain autograd on single examples; loosen what differs."""
+        """Compare batches and rules with plain autograd on single examples.
+
+        What differs climbs to the next slower way of measuring it, and is compared again.
+        """
         batch = self._placed(collate(_spread(examples, 3), self.pad_token_id))
-        logits, start = self._verified_pass(batch)
-        totals = self._taps.totals
-        truth = {p: torch.zeros_like(total) for p, total in totals.items()}
+        truth: dict[nn.Parameter, Tensor] = {}
+        while True:
+            logits, start = self._verified_pass(batch)
+            truth = truth or self._plain_squares(batch, logits, start)
+            # Some gradients are zero on paper (an attention's key bias shifts every score alike),
+            # and then two right computations have nothing in common: squared rounding is no
+            # difference.
+            rounding = 50 * torch.finfo(logits.dtype).eps
+            noise = max(_rms(square) for square in truth.values()) * rounding**2
+            wrong = [
+                (name, parameter)
+                for name, parameter in self.model.named_parameters()
+                if parameter in truth
+                and parameter not in self._taps.loose
+                and _differ(
+                    self._taps.totals[parameter], truth[parameter], TOLERANCE[logits.dtype], noise
+                )
+            ]
+            for total in self._taps.totals.values():
+                total.zero_()
+            for name, parameter in wrong:
+                self._taps.climb(parameter, name, "its layer's rule does not hold in this model")
+            if not wrong:
+                self._taps.seal()
+                return
+
+    def _plain_squares(
+        self, batch: Batch, logits: Tensor, start: Tensor
+    ) -> dict[nn.Parameter, Tensor]:
+        """Return the squares of a batch by plain autograd; loosen all if its logits differ."""
+        truth = {p: torch.zeros_like(total) for p, total in self._taps.totals.items()}
         tolerance, rounding = TOLERANCE[logits.dtype], 50 * torch.finfo(logits.dtype).eps
         with _requiring_grad(truth):
             for index in range(len(batch)):
@@ -112,14 +149,7 @@ class Session:
                 add_single_squares(truth, truth, alone, _row(start, index, alone), keep_graph=False)
                 if _differ(_row(logits, index, alone), alone, tolerance, rounding):
                     self._loosen_all("padding, or what else is in a batch, moves its predictions")
-        # Some gradients are zero on paper (an attention's key bias shifts every score alike), and
-        # then two right computations have nothing in common: squared rounding is no difference.
-        noise = max(_rms(square) for square in truth.values()) * rounding**2
-        for name, parameter in self.model.named_parameters():
-            if _differ(totals[parameter], truth[parameter], tolerance, noise):
-                self._taps.loosen(parameter, name, "its layer's rule does not hold in this model")
-        for total in totals.values():
-            total.zero_()
+        return truth
 
     def _verified_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add one start's squares of one batch by the rules; return the logits and the start."""
@@ -128,12 +158,10 @@ class Session:
             start = self._starts(logits, batch)[0]
             try:
                 self._taps.backward(logits, start, keep_graph=False)
+                return logits.detach(), start
             except Irregular:
                 for total in self._taps.totals.values():
                     total.zero_()
-            else:
-                self._taps.seal()
-                return logits.detach(), start
 
     def _placed(self, batch: Batch) -> Batch:
         return batch.to(self.device, next(self.model.parameters()).dtype)
@@ -154,11 +182,9 @@ class Session:
     def _tapped_logits(self, batch: Batch) -> Tensor:
         while True:
             try:
-                with self._taps.installed(), torch.enable_grad():
-                    self._taps.start(batch.rows, self.device)
-                    return self._logits(batch)
+                return self._taps.forward(lambda: self._logits(batch), _axes(batch), self.device)
             except Irregular:
-                continue  # its parameters are loose now, and nothing has been added yet
+                continue  # its parameters have climbed, and nothing has been added yet
 
     def _starts(self, logits: Tensor, batch: Batch) -> list[Tensor]:
         starts = self.estimator.starts(self.likelihood, logits.detach(), batch, self.seed)
@@ -188,6 +214,17 @@ class Session:
         ):
             return inputs
         return {name: x for name, x in inputs.items() if name != "attention_mask"}
+
+
+def _axes(batch: Batch) -> Axes:
+    """Return where the examples can be; an input counts if all have equally much of it."""
+    sizes = {}
+    for name, x in batch.inputs.items():
+        if not x.is_floating_point() and x.dim() > 1:
+            sizes[name] = x.numel()
+        elif len({len(example.inputs[name]) for example in batch.examples}) == 1:
+            sizes[name] = len(x)
+    return Axes(len(batch), batch.rows, sizes)
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:

@@ -1,16 +1,19 @@
-"""A *tap* is one layer's inputs and output gradients for one batch.
+"""Every parameter of a model has one way to be measured; this is who finds it.
 
-No parameter requires a gradient, so autograd never forms a weight gradient. Instead each layer with
-a rule runs inside a `torch.autograd.Function`, whose backward hands the tap to the layer's rule and
-the rule's contributions to the accumulators. A Function, unlike hooks, is called once for one
-backward, keeps its input where saved-tensor hooks can reach it, and does not mind in-place
-operations after it.
+No parameter requires a gradient, so autograd never forms a weight gradient. Each module that owns
+parameters runs by its layer's rule instead, and the rule adds its examples' squares. Where a rule
+does not hold, its parameters climb one rung of this ladder, while the rules are being verified:
+
+    the layer's own rule                  the price of the ordinary gradient
+    the module runs again, by example     `Local` at the module that owns the parameter
+    its parent runs again, by example     `Local` there
+    loose                                 the whole model runs, one example at a time
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,111 +21,216 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisher_mergekit.errors import MeasureError
+from fisher_mergekit.measure.axes import SHARED, Axes, NoExamples, Reading
 from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
-from fisher_mergekit.measure.layers.base import Layer, own_parameters
+from fisher_mergekit.measure.layers.base import Layer, Unfit, own_parameters
+from fisher_mergekit.measure.layers.local import Local
+from fisher_mergekit.measure.sites import Backward, Site
 
 LOG = logging.getLogger(__name__)
 
 
 class Irregular(Exception):
-    """A layer was used in a way that its rule does not cover; its parameters are loose now."""
+    """A rule does not cover how its layer is used; its parameters have climbed a rung."""
 
 
-@dataclass
-class _TappedLayer:
-    """A module, its rule, and its own parameters."""
+@dataclass(eq=False)
+class TappedLayer:
+    """A module, its rule, and what is measured there.
+
+    Attributes:
+        name: the module's, in the model.
+        parameters: by name relative to the module.
+        calls: in the last forward pass.
+        readings: how the first axis of each input was read while the rules were verified.
+        settled: verified; from now on a reading has to fit those.
+    """
 
     name: str
     module: nn.Module
     rule: Layer
     parameters: dict[str, nn.Parameter]
     calls: int = 0
-    verified: bool = False
+    readings: dict[int, list[set[Reading]]] = field(default_factory=dict)
+    settled: bool = False
+    original: Any = field(init=False)
+    forward: Callable[..., Any] = field(init=False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's own forward, whatever stands in its place meanwhile."""
-        y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
-        return y
+    def __post_init__(self) -> None:
+        forward = self.module.__dict__.get("forward")
+        if isinstance(forward, _Forward):  # another rule's, which this one follows
+            self.original, self.forward = forward.layer.original, forward.layer.forward
+        else:
+            self.original, self.forward = forward, self.module.forward
+
+    def read(self, axes: Axes, place: int, x: Tensor) -> Reading | None:
+        """Return what an input's first axis is; None for a tensor that all examples share whole.
+
+        Raises:
+            NoExamples: it is none of what it was while the rules were verified.
+        """
+        found = axes.readings(x)
+        if not self.settled:
+            self.readings.setdefault(place, []).append(set(found))
+            return found[0] if found else None
+        for known in self.readings.get(place, ()):
+            for reading in found:
+                if reading in known:
+                    return reading
+            if not known:
+                return None
+        raise NoExamples
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether some input was one row for all examples."""
+        return any(SHARED in found for known in self.readings.values() for found in known)
 
 
-@dataclass
 class Taps:
-    """All layers of a model that have a rule, and the accumulators that they add to.
+    """All parameters to measure, their layers, and the accumulators that the rules add to.
 
     Args:
         model: in evaluation mode, no parameter requiring a gradient.
+        parameters: those to measure; all of the model's if None.
 
     Attributes:
         totals: float32 accumulator of each measured parameter.
         loose: parameters that no rule covers; the session measures them example by example.
+        anchor: where the gradients of a forward pass begin.
     """
 
-    model: nn.Module
-    totals: dict[nn.Parameter, Tensor] = field(init=False)
-    loose: dict[nn.Parameter, str] = field(init=False, default_factory=dict)
+    anchor: Tensor
 
-    def __post_init__(self) -> None:
-        self.totals = {p: torch.zeros_like(p, dtype=torch.float32) for p in self.model.parameters()}
-        self._layers: list[_TappedLayer] = []
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] | None = None):
+        self.model = model
+        chosen = list(model.parameters() if parameters is None else parameters)
+        self.totals = {p: torch.zeros_like(p, dtype=torch.float32) for p in chosen}
+        self.loose: dict[nn.Parameter, str] = {}
+        self._layers: dict[str, TappedLayer] = {}
         self._shared: set[nn.Parameter] = set()
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
-        self._batch_size = 0
+        self._axes = Axes(0, 0)
         self._sealed = False
-        self._anchor: Tensor | None = None
+        self._is_plain = False
         owners: dict[nn.Parameter, int] = {}
-        for name, module in self.model.named_modules():
-            own = own_parameters(module)
-            if not own:
-                continue
-            rule = layer_for(module)
+        for name, module in model.named_modules():
+            own = {n: p for n, p in own_parameters(module).items() if p in self.totals}
             for parameter in own.values():
                 owners[parameter] = owners.get(parameter, 0) + 1
-            if rule is None:
-                for short, parameter in own.items():
-                    self.loosen(parameter, f"{name}.{short}".lstrip("."), "no rule for its layer")
-            else:
-                self._layers.append(_TappedLayer(name, module, rule, own))
+            if own and name:
+                self._layers[name] = TappedLayer(name, module, layer_for(module), own)
+            for short, parameter in own.items() if not name else ():
+                self.loosen(parameter, short, "the whole model owns it")
         # A tensor that two modules own (a tied head) gets its gradient from both.
         self._shared |= {p for p, count in owners.items() if count > 1}
 
+    @property
+    def again(self) -> list[str]:
+        """Names of the parameters whose module, or its parent, runs again for each example."""
+        local = {p for x in self._layers.values() if _is_local(x) for p in x.parameters.values()}
+        return [name for name, p in self.model.named_parameters() if p in local]
+
     def loosen(self, parameter: nn.Parameter, name: str, reason: str) -> None:
         """Leave a parameter to the loop over single examples, and say so."""
-        if parameter not in self.loose:
-            LOG.warning("%s is measured one example at a time: %s.", name, reason)
-            self.loose[parameter] = name
+        if parameter in self.loose:
+            return
+        LOG.warning("%s is measured one example at a time: %s.", name, reason)
+        self.loose[parameter] = name
+        for layer in list(self._layers.values()):
+            for short in [n for n, p in layer.parameters.items() if p is parameter]:
+                self._remove(layer, short)
+
+    def climb(self, parameter: nn.Parameter, name: str, reason: str) -> None:
+        """Measure a parameter in the next slower way."""
+        homes = [
+            (layer, short)
+            for layer in self._layers.values()
+            for short, p in layer.parameters.items()
+            if p is parameter
+        ]
+        if len(homes) == 1:
+            self._climb(*homes[0], reason)
+        else:
+            self.loosen(parameter, name, reason)
+
+    def _climb(self, layer: TappedLayer, short: str, reason: str) -> None:
+        parameter = layer.parameters[short]
+        name, path = layer.name, short
+        if isinstance(layer.rule, Local):  # from the owner to its parent, and no further
+            parent, _, own = name.rpartition(".")
+            name, path = ("", "") if "." in short else (parent, f"{own}.{short}")
+        home = self._layers.get(name)
+        if self._sealed or not name or not (home is None or home is layer or _is_local(home)):
+            self.loosen(parameter, f"{layer.name}.{short}", reason)
+            return
+        LOG.info("%s.%s: %s; %s runs again for each example.", layer.name, short, reason, name)
+        self._remove(layer, short)
+        if name in self._layers and not _is_local(self._layers[name]):
+            for other in list(layer.parameters):  # the module has one rule only
+                path_of = layer.parameters[other]
+                self._remove(layer, other)
+                self._at_local(name).parameters[other] = path_of
+        self._at_local(name).parameters[path] = parameter
+
+    def _at_local(self, name: str) -> TappedLayer:
+        if name not in self._layers:
+            module = self.model.get_submodule(name)
+            self._layers[name] = TappedLayer(name, module, Local(), {})
+        return self._layers[name]
+
+    def _remove(self, layer: TappedLayer, short: str) -> None:
+        del layer.parameters[short]
+        if not layer.parameters:
+            del self._layers[layer.name]
 
     def seal(self) -> None:
         """Trust from now on the layers that the last forward pass reached, and no others.
 
         A layer that is reached later for the first time has not been compared with plain autograd.
         """
-        for layer in self._layers:
-            layer.verified = layer.calls > 0
+        for layer in self._layers.values():
+            layer.settled = layer.calls > 0
         self._sealed = True
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Run the tapped layers' forward passes through `_Tap` inside the block."""
-        before = {layer.name: layer.module.__dict__.get("forward") for layer in self._layers}
-        for layer in self._layers:
+        """Run the tapped modules by their rules inside the block."""
+        layers = list(self._layers.values())
+        for layer in layers:
             layer.module.forward = _Forward(self, layer)
         try:
             yield
         finally:
-            for layer in self._layers:
-                original = before[layer.name]
-                if original is None:
+            for layer in layers:
+                if layer.original is None:
                     del layer.module.forward
                 else:
-                    layer.module.forward = original
+                    layer.module.forward = layer.original
 
-    def start(self, batch_size: int, device: torch.device) -> None:
-        """Get ready for one batch's forward pass."""
-        self._batch_size = batch_size
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
-        for layer in self._layers:
+    def forward(self, run: Callable[[], Tensor], axes: Axes, device: torch.device) -> Tensor:
+        """Run one batch's forward pass, tapped.
+
+        Raises:
+            Irregular: a rule did not fit, and its parameters have climbed. Run it again.
+        """
+        self._axes = axes
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        for layer in self._layers.values():
             layer.calls = 0
+        with self.installed(), torch.enable_grad():
+            try:
+                return run()
+            except (RuntimeError, ValueError, IndexError) as error:
+                suspects = [x for x in self._layers.values() if x.calls and x.is_shared]
+                if self._sealed or isinstance(error, torch.OutOfMemoryError) or not suspects:
+                    raise
+                # A row an example where the model wants one row for all of them.
+                for layer in suspects:
+                    self._climb_all(layer, "its input is one row for all examples")
+                raise Irregular from error
 
     def backward(self, logits: Tensor, start: Tensor, *, keep_graph: bool) -> None:
         """Run one backward pass from `start`, adding every parameter's squares to the totals.
@@ -130,64 +238,88 @@ class Taps:
         Raises:
             Irregular: a rule failed, before the taps were sealed. The totals are half-written.
         """
-        assert self._anchor is not None
         if not logits.requires_grad:
             return  # no layer with a rule took part
         self._pending.clear()
-        torch.autograd.grad(logits, self._anchor, start, retain_graph=keep_graph, allow_unused=True)
+        with self.installed():  # checkpointed layers run again
+            torch.autograd.grad(
+                logits, self.anchor, start, retain_graph=keep_graph, allow_unused=True
+            )
         for parameter, contributions in self._pending.items():
-            add_squares(self.totals[parameter], contributions)
+            self._add(parameter, contributions)
         self._pending.clear()
 
-    def call(self, layer: _TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run a layer's forward pass through `_Tap`.
+    def _add(self, parameter: nn.Parameter, contributions: Sequence[Contribution]) -> None:
+        try:
+            add_squares(self.totals[parameter], contributions)
+        except MeasureError as error:  # contributions that cannot meet before the square
+            if self._sealed:
+                raise
+            name = next(n for n, p in self.model.named_parameters() if p is parameter)
+            self.loosen(parameter, name, error.message.rstrip("."))
+            raise Irregular from error
+
+    def call(self, layer: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module by its rule.
 
         Raises:
-            Irregular: the call is not a function of one tensor with the examples first.
+            Irregular: the rule does not cover this call.
         """
-        if self._is_loose(layer):
+        if self._is_plain or not layer.parameters:
             return layer.forward(*args, **kwargs)
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-            raise self._irregular(layer, "it is called with more than one tensor")
-        x = args[0]
-        if x.dim() >= 2 and len(x) == 1 and self._batch_size > 1:
-            # One row that broadcasts over the examples, like positions: a row for each of them.
-            x = x.expand(self._batch_size, *x.shape[1:])
-        if x.dim() < 2 or len(x) != self._batch_size:
-            raise self._irregular(layer, f"its input {list(x.shape)} has no axis of examples")
-        if self._sealed and not layer.verified:
-            raise self._irregular(layer, "none of the examples used for verification reached it")
-        layer.calls += 1
-        if layer.calls > 1:
-            self._shared.update(layer.parameters.values())
-        y: Tensor = _Tap.apply(self._anchor, self, layer, x)
-        return y
-
-    def _is_loose(self, layer: _TappedLayer) -> bool:
-        return all(p in self.loose for p in layer.parameters.values())
-
-    def _irregular(self, layer: _TappedLayer, reason: str) -> Irregular:
-        for short, parameter in layer.parameters.items():
-            self.loosen(parameter, f"{layer.name}.{short}", reason)
-        return Irregular(layer.name)
-
-    def take(self, layer: _TappedLayer, x: Tensor, gradient: Tensor) -> Tensor | None:
-        """Receive one tap; return the gradient with respect to the layer's input."""
+        if self._sealed and not layer.settled:
+            self._climb_all(layer, "none of the examples used for verification reached it")
+            raise Irregular(layer.name)
+        if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer runs again
+            layer.calls += 1
+            if layer.calls > 1:
+                self._shared.update(layer.parameters.values())
+        site = Site(self, layer, layer.module, layer.parameters, layer.forward, self._axes)
         try:
-            x_gradient, contributions = layer.rule.backward(layer.module, x, gradient)
-        except (RuntimeError, TypeError, ValueError) as error:
+            return layer.rule.call(site, *args, **kwargs)
+        except NoExamples:
+            self._climb_all(layer, "its input has no axis of examples")
+        except Unfit as error:
+            self._climb_all(layer, str(error))
+        raise Irregular(layer.name)
+
+    def _climb_all(self, layer: TappedLayer, reason: str) -> None:
+        for short in list(layer.parameters):
+            if short in layer.parameters:
+                self._climb(layer, short, reason)
+
+    def take(
+        self,
+        site: Site,
+        backward: Backward,
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """Receive one tap; return the gradients with respect to the layer's inputs."""
+        layer: TappedLayer = site.layer
+        self._is_plain = True  # some rules run their module again
+        try:
+            found, contributions = backward(saved, gradients)
+        except (RuntimeError, TypeError, ValueError, IndexError, NoExamples, Unfit) as error:
             if self._sealed or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise self._irregular(layer, f"its rule fails ({error})") from error
+            self._climb_all(layer, f"its rule fails ({error})")
+            raise Irregular(layer.name) from error
+        finally:
+            self._is_plain = False
         for short, contribution in contributions.items():
-            parameter = layer.parameters[short]
-            if parameter in self.loose:
+            parameter = layer.parameters.get(short)
+            if parameter is None:
                 continue
             if parameter in self._shared:
                 self._pending.setdefault(parameter, []).append(contribution)
             else:
-                add_squares(self.totals[parameter], [contribution])
-        return x_gradient
+                self._add(parameter, [contribution])
+        return found
+
+
+def _is_local(layer: TappedLayer) -> bool:
+    return isinstance(layer.rule, Local)
 
 
 @dataclass(frozen=True)
@@ -195,26 +327,10 @@ class _Forward:
     """The forward method that a tapped module has meanwhile."""
 
     taps: Taps
-    layer: _TappedLayer
+    layer: TappedLayer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.taps.call(self.layer, args, kwargs)
-
-
-class _Tap(torch.autograd.Function):
-    """A layer's ordinary forward; its backward is the layer's rule."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, taps: Taps, layer: _TappedLayer, x: Tensor) -> Tensor:
-        # The anchor requires a gradient, so that the output of an embedding does too.
-        ctx.taps, ctx.layer = taps, layer
-        ctx.save_for_backward(x)
-        return layer.forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return None, None, None, ctx.taps.take(ctx.layer, x, gradient)
 
 
 def add_single_squares(

@@ -20,7 +20,9 @@ class Odd(nn.Module):
     """Embedding, one odd thing, masked mean over tokens, classifier; a base for the cases."""
 
     loose: tuple[str, ...] = ()
-    """Parameters that have to be left to the loop; all others have to take the fast way."""
+    """Parameters that have to be left to the loop over the whole model."""
+    again: tuple[str, ...] = ()
+    """Parameters whose module has to run again; all others have to take the fast way."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +58,7 @@ class BareParameter(Odd):
 class TwoInputs(Odd):
     """A module of two tensors, one of them by name."""
 
-    loose = ("mix.weight", "mix.bias")
+    again = ("mix.weight", "mix.bias")
 
     def add_odd(self):
         self.mix = nn.Bilinear(WIDTH, WIDTH, WIDTH)
@@ -73,7 +75,7 @@ class LinearOfTwo(nn.Linear):
 
 
 class SubclassWithTwoInputs(Odd):
-    loose = ("gated.weight", "gated.bias")
+    again = ("gated.weight", "gated.bias")
 
     def add_odd(self):
         self.gated = LinearOfTwo(WIDTH, WIDTH)
@@ -83,9 +85,7 @@ class SubclassWithTwoInputs(Odd):
 
 
 class LinearByKeyword(Odd):
-    """An ordinary Linear, called in a way that a tap does not expect."""
-
-    loose = ("project.weight", "project.bias")
+    """An ordinary Linear, whose input has a name."""
 
     def add_odd(self):
         self.project = nn.Linear(WIDTH, WIDTH)
@@ -108,8 +108,6 @@ class TokensFirst(Odd):
 
 class FoldedIntoOne(Odd):
     """A Linear on `[b t, d]`, as routers of mixtures of experts have it."""
-
-    loose = ("project.weight", "project.bias")
 
     def add_odd(self):
         self.project = nn.Linear(WIDTH, WIDTH)
@@ -186,6 +184,70 @@ class NeverHit(Odd):
         self.unused = nn.Linear(WIDTH, WIDTH)
 
 
+class Token(nn.Module):
+    """Parameters in a module with children: a first token and positions, as in vision models."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.positions = nn.Parameter(torch.zeros(1, 20, WIDTH))
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = torch.cat([self.first.expand(len(x), -1, -1), self.project(x)[:, 1:]], dim=1)
+        return x + self.positions[:, : x.shape[1]]
+
+
+class ClassToken(Odd):
+    again = ("token.first", "token.positions")
+
+    def add_odd(self):
+        self.token = Token()
+
+    def odd(self, x, mask, ids):
+        return self.token(x).tanh()
+
+
+class Biased(nn.Module):
+    """Attention whose scores get a learned bias, looked up once for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.distance = nn.Embedding(40, 1)
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, mask):
+        place = torch.arange(x.shape[1])
+        bias = self.distance(place[:, None] - place[None, :] + 20).permute(2, 0, 1)
+        scores = self.project(x) @ x.mT + bias + (mask.mT - 1) * 1e9
+        return scores.softmax(-1) @ x
+
+
+class RelativePositions(Odd):
+    """A table that is looked up without examples: the module around it has them."""
+
+    again = ("attention.distance.weight",)
+
+    def add_odd(self):
+        self.attention = Biased()
+
+    def odd(self, x, mask, ids):
+        return self.attention(x, mask=mask)
+
+
+class Convolutions(Odd):
+    """Over tokens, causal: one for each feature, and a full one on twofold rows."""
+
+    def add_odd(self):
+        self.each = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, padding=2)
+        self.full = nn.Conv1d(WIDTH, WIDTH, 2, padding=1, stride=1)
+
+    def odd(self, x, mask, ids):
+        length = x.shape[1]
+        x = (x * mask).mT
+        return self.full(self.each(x)[..., :length].tanh())[..., :length].mT
+
+
 class PaddingIndex(Odd):
     """PyTorch gives the row at `padding_idx` no gradient, whatever token it stands for."""
 
@@ -220,7 +282,7 @@ class PaddingMovesLogits(Odd):
 class ForeignNorms(Odd):
     """Modules called …Norm that do not act along the last axis, or want an exact weight shape."""
 
-    loose = ("group.weight", "group.bias", "rms.weight")
+    again = ("group.weight", "group.bias", "rms.weight")
 
     def add_odd(self):
         self.group = nn.GroupNorm(2, WIDTH)
@@ -235,6 +297,7 @@ class AllOdd(nn.Module):
     """No parameter has a rule."""
 
     loose = ("table", "head")
+    again = ()
 
     def __init__(self):
         super().__init__()

@@ -11,14 +11,15 @@ from pkgutil import iter_modules
 from torch import nn
 
 from fisher_mergekit.measure.layers.base import Layer
+from fisher_mergekit.measure.layers.local import Local
 
 for _module in iter_modules(__path__, __name__ + "."):
     import_module(_module.name)
 
 
-def layer_for(module: nn.Module) -> Layer | None:
-    """Return the rule for a module's own parameters, or None if no file here knows it."""
+def layer_for(module: nn.Module) -> Layer:
+    """Return the rule for a module's own parameters; where no file here knows it, `Local`."""
     for layer in Layer.known:
         if layer.matches(module):
             return layer()
-    return None
+    return Local()

@@ -7,26 +7,68 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fisher_mergekit.measure.axes import NoExamples
 from fisher_mergekit.measure.contributions import Contribution
+from fisher_mergekit.measure.sites import Site
+
+
+class Unfit(Exception):
+    """A module was called in a way that its rule does not cover."""
 
 
 class Layer(ABC):
-    """One layer type. A subclass writes `matches` and `backward`.
+    """One layer type, for all parameters that its modules own themselves.
 
-    A rule covers *all* parameters that its module owns itself, and the module is a function of one
-    tensor whose first axis is the examples: `[b, …, features]`, or `[b, t]` ids.
+    Most layers are functions of one tensor: they are a subclass of `OneInput`. A rule need not be
+    sure that it holds: it is verified on the model at hand before it is trusted.
     """
 
     known: ClassVar[list[type[Layer]]] = []
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        Layer.known.append(cls)
+        if "matches" in vars(cls):
+            Layer.known.append(cls)
 
     @classmethod
     @abstractmethod
     def matches(cls, module: nn.Module) -> bool:
         """Return whether this rule holds for the module."""
+
+    @abstractmethod
+    def call(self, site: Site, *args: Any, **kwargs: Any) -> Any:
+        """Do what the module's forward does, tapped.
+
+        Raises:
+            Unfit: it is called in a way that this rule does not cover.
+            NoExamples: its input has no axis of examples.
+        """
+
+
+class OneInput(Layer):
+    """A module of one tensor whose first axis is the examples: `[b, …, features]`, or `[b, t]` ids.
+
+    A subclass writes `matches` and `backward`.
+    """
+
+    def call(self, site: Site, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        if len(given) != 1 or not isinstance(given[0], Tensor):
+            raise Unfit("it is called with more than one tensor")
+        axes, reading = site.axes, site.layer.read(site.axes, 0, given[0])
+        if reading is None:
+            raise NoExamples
+        x = axes.spread(given[0])
+
+        def backward(saved: Any, gradients: Any) -> Any:
+            if len(gradients) != 1:
+                raise Unfit("it gives more than one tensor")
+            x_gradient, contributions = self.backward(
+                site.module, axes.by_example(saved[0]), axes.by_example(gradients[0])
+            )
+            return [None if x_gradient is None else x_gradient.reshape(x.shape)], contributions
+
+        return site.tap(site.forward, backward, x)
 
     @abstractmethod
     def backward(
@@ -37,7 +79,7 @@ class Layer(ABC):
         Args:
             module: the layer; its parameters do not require gradients.
             x: its input, `[b, …]`.
-            gradient: of log p with respect to its output.
+            gradient: of log p with respect to its output, `[b, …]`.
 
         Returns:
             The gradient with respect to `x` (None if x is not differentiable), and the

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from fisher_mergekit.measure.contributions import Contribution, Product, Vector
-from fisher_mergekit.measure.layers.base import Layer, tokens
+from fisher_mergekit.measure.layers.base import OneInput, tokens
 
 
-class Conv1D(Layer):
+class Conv1D(OneInput):
     """`transformers.pytorch_utils.Conv1D`: y = x W + bias."""
 
     @classmethod

@@ -7,17 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Scatter
-from fisher_mergekit.measure.layers.base import Layer
+from fisher_mergekit.measure.layers.base import OneInput
 
 
-class Embedding(Layer):
-    """`torch.nn.Embedding` of ids `[b, t]`, without renormalisation."""
+class Embedding(OneInput):
+    """`torch.nn.Embedding` of ids `[b, t]`, and Gemma's, which scales what it finds."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         return (
             isinstance(module, nn.Embedding)
-            and type(module).forward is nn.Embedding.forward
             and module.max_norm is None
             and not module.scale_grad_by_freq
         )
@@ -26,6 +25,8 @@ class Embedding(Layer):
         self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
         values = gradient.float()
+        if type(module).forward is not nn.Embedding.forward:
+            values = values * getattr(module, "embed_scale", 1.0)
         if module.padding_idx is not None:
             # The row at padding_idx is a constant to PyTorch: it is never trained.
             values = values.masked_fill((x == module.padding_idx).unsqueeze(-1), 0.0)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Vector
-from fisher_mergekit.measure.layers.base import Layer, tokens
+from fisher_mergekit.measure.layers.base import OneInput, tokens
 
 
-class LayerNorm(Layer):
+class LayerNorm(OneInput):
     """`torch.nn.LayerNorm` over the last axis."""
 
     @classmethod

@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Product, Vector
-from fisher_mergekit.measure.layers.base import Layer, tokens
+from fisher_mergekit.measure.layers.base import OneInput, tokens
 
 
-class Linear(Layer):
-    """`torch.nn.Linear`, but no subclass that computes something else."""
+class Linear(OneInput):
+    """`torch.nn.Linear`, and subclasses in the hope that they compute the same."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return isinstance(module, nn.Linear)
 
     def backward(
         self, module: Any, x: Tensor, gradient: Tensor

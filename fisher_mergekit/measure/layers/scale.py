@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fisher_mergekit.measure.contributions import Contribution, Vector
-from fisher_mergekit.measure.layers.base import Layer, own_parameters
+from fisher_mergekit.measure.layers.base import OneInput, own_parameters
 
 
-class Scale(Layer):
+class Scale(OneInput):
     """Any module without children whose name ends in `Norm` and whose parameters are vectors."""
 
     @classmethod

@@ -1,0 +1,97 @@
+"""A *tap* is one layer's inputs and output gradients for one batch; a *site* is where it is taken.
+
+A layer's rule runs its module inside a `torch.autograd.Function`, whose backward hands the tap to
+the rule and the rule's contributions to the accumulators. A Function, unlike hooks, is called once
+for one backward, keeps its input where saved-tensor hooks can reach it, and does not mind in-place
+operations after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fisher_mergekit.measure.axes import Axes
+from fisher_mergekit.measure.contributions import Contribution
+
+Forward = Callable[..., Any]
+"""Tensors to a tensor or a tuple of them, without a gradient."""
+Backward = Callable[
+    [Sequence[Tensor], Sequence[Tensor]],
+    tuple[Sequence[Tensor | None], Mapping[str, Contribution]],
+]
+"""(saved tensors, gradients of the outputs) to the gradients of the tensors that `Forward` got,
+and the contributions to the parameters that the site measures, by their names there."""
+
+
+class Owner(Protocol):
+    """What a site belongs to: it starts the gradients and takes the contributions."""
+
+    anchor: Tensor
+
+    def take(
+        self,
+        site: Site,
+        backward: Backward,
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """Run a rule's backward and keep its contributions; return the tensors' gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of one module, as its rule sees it.
+
+    Attributes:
+        layer: the tapped layer, for its owner.
+        module: the module.
+        parameters: what is to be measured here, by name relative to the module.
+        forward: the module's own forward, whatever stands in its place meanwhile.
+        axes: where the examples are in this batch's tensors.
+    """
+
+    owner: Owner
+    layer: Any
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    forward: Forward
+    axes: Axes
+
+    def tap(self, forward: Forward, backward: Backward, *tensors: Tensor, saved: Any = None) -> Any:
+        """Run `forward` on tensors, and `backward` when their gradients are asked for.
+
+        Args:
+            saved: what `backward` needs; the tensors themselves if None.
+        """
+        keep = tensors if saved is None else tuple(saved)
+        # The anchor requires a gradient, so that the output of an embedding does too.
+        return _Tap.apply(self.owner.anchor, self, forward, backward, keep, *tensors)
+
+
+class _Tap(torch.autograd.Function):
+    """A layer's ordinary forward; its backward is the layer's rule."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        site: Site,
+        forward: Forward,
+        backward: Backward,
+        saved: Sequence[Tensor],
+        *tensors: Tensor,
+    ) -> Any:
+        ctx.site, ctx.rule = site, backward
+        ctx.save_for_backward(*saved)
+        return forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.site.owner.take(ctx.site, ctx.rule, ctx.saved_tensors, gradients)
+        return (None, None, None, None, None, *found)
