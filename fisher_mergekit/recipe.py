@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from mergekit.common import ModelReference
@@ -40,6 +41,23 @@ Count = Annotated[int, BeforeValidator(_no_boolean), Field(gt=0)]
 """A positive number; pydantic alone would read `examples: true` as one example."""
 
 
+def _names(folder: str) -> Any:
+    """Return the type of a key whose values are the files of a folder of `measure/`.
+
+    They are found without being imported: reading a recipe needs no PyTorch.
+    """
+    modules = iter_modules([str(Path(__file__).parent / "measure" / folder)])
+    return Literal[tuple(module.name for module in modules)]
+
+
+if TYPE_CHECKING:
+    Estimator = str
+    Unit = str
+else:
+    Estimator = _names("estimators")
+    Unit = _names("units")
+
+
 class Calibration(BaseModel):
     """What a model is measured on, and how: the recipe's `calibration` block.
 
@@ -56,9 +74,11 @@ class Calibration(BaseModel):
     streaming: bool = False
     text: str | tuple[str, str] | None = None
     messages: str | None = None
+    image: str | None = None
+    choices: str | tuple[str, ...] | None = None
     label: str | None = None
-    estimator: Literal["exact", "sampled", "empirical"] | None = None
-    unit: Literal["sequence"] = "sequence"
+    estimator: Estimator | None = None
+    unit: Unit = "sequence"
     examples: Count | None = None
     max_length: Count = 512
     mask_prompt: bool = False
@@ -70,6 +90,12 @@ class Calibration(BaseModel):
 
 
 CALIBRATION_KEYS = tuple(Calibration.model_fields)
+_SOURCES = ("text", "choices", "messages", "image")
+"""Keys that say what the model reads, of which a model has its own or the recipe's, never both."""
+_COLUMNS = {
+    "text": "Expected a column, or a pair [first, second]",
+    "choices": "Expected a column of lists, or a list of columns",
+}
 
 
 @dataclass(frozen=True)
@@ -109,9 +135,9 @@ def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibrati
                     f"{where}: unknown key {key!r}.{nearest(str(key), CALIBRATION_KEYS)} "
                     f"Known keys: {', '.join(CALIBRATION_KEYS)}."
                 )
-        for key, other in (("text", "messages"), ("messages", "text")):
-            if layer.get(key) is not None:
-                merged.pop(other, None)  # a chat of one model's own replaces the others' text
+        if any(layer.get(key) is not None for key in _SOURCES):
+            for key in _SOURCES:  # a chat of one model's own replaces the others' text
+                merged.pop(key, None)
         merged |= layer
     try:
         return Calibration.model_validate(merged)
@@ -119,7 +145,7 @@ def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibrati
         lines = []
         for e in error.errors():
             key = str(e["loc"][0])
-            wrong = "Expected a column, or a pair [first, second]" if key == "text" else e["msg"]
+            wrong = _COLUMNS.get(key, e["msg"])
             lines.append(f"{key}: {wrong}, got {merged[key]!r}")
         raise RecipeError(f"{where}: " + "; ".join(dict.fromkeys(lines)) + ".") from None
 

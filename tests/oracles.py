@@ -7,8 +7,9 @@ Nothing here is shared with what it checks but the definition of an example, its
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,27 @@ def causal_lm_given(
     return mean_over_examples(model, examples, one)
 
 
+def expectation(
+    model: nn.Module,
+    examples: Sequence[Example],
+    outcomes: Callable[[Any, Example], Iterable[tuple[float, Tensor]]],
+) -> Fishers:
+    """Mean over examples of Σ_y weight_y (∂ log p(y|x) / ∂θ)², one backward pass an outcome.
+
+    Args:
+        outcomes: from the model's output and the example to (weight, log p(y|x)) of each outcome.
+    """
+
+    def one(model: nn.Module, batch: Batch) -> Fishers:
+        total = zeros(model)
+        for weight, log_p in outcomes(model(**batch.inputs), batch.examples[0]):
+            for name, gradient in gradients(log_p, model).items():
+                total[name] += weight * gradient.square()
+        return total
+
+    return mean_over_examples(model, examples, one)
+
+
 def mean_over_examples(
     model: nn.Module,
     examples: Sequence[Example],
@@ -81,7 +103,8 @@ def mean_over_examples(
     model = copy.deepcopy(model).double().eval().requires_grad_(True)
     total = zeros(model)
     for example in examples:
-        for name, value in one(model, collate([example], pad_token_id=0)).items():
+        batch = collate([example], pad_token_id=0).to("cpu", torch.float64)
+        for name, value in one(model, batch).items():
             total[name] += value / len(examples)
     return total
 

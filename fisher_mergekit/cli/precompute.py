@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from mergekit.common import ModelReference
@@ -20,19 +20,28 @@ from fisher_mergekit.errors import (
 from fisher_mergekit.measure.job import Job, existing_sidecar
 from fisher_mergekit.measure.precompute import Prepared, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
-from fisher_mergekit.recipe import Calibration, read_calibration, read_recipe
+from fisher_mergekit.recipe import (
+    Calibration,
+    Estimator,
+    Unit,
+    read_calibration,
+    read_recipe,
+)
 from fisher_mergekit.sidecar.location import reading_place, writing_place
 
+_REPEATED = ("text", "choices")
 _CALIBRATION_FLAGS = (
     ("--path", "path", str, "Calibration data: a local file or a `datasets` name."),
     ("--name", "name", str, "Configuration of the data set."),
     ("--split", "split", str, "Split of the data set.  [default: train]"),
     ("--text", "text", str, "Text column; give it twice for a pair."),
     ("--messages", "messages", str, "Chat column."),
+    ("--image", "image", str, "Column of pictures."),
+    ("--choices", "choices", str, "Column of lists of choices; or give it once for each choice."),
     ("--label", "label", str, "Label column."),
-    ("--estimator", "estimator", click.Choice(["exact", "sampled", "empirical"]),
+    ("--estimator", "estimator", click.Choice(get_args(Estimator)),
      "Where y comes from.  [default: exact for classifiers, sampled for language models]"),
-    ("--unit", "unit", click.Choice(["sequence"]), "Whose gradient is squared whole."),
+    ("--unit", "unit", click.Choice(get_args(Unit)), "Whose gradient is squared whole."),
     ("--examples", "examples", int, "Use the first N examples.  [default: 4096]"),
     ("--max-length", "max_length", int, "Cut examples to this many tokens.  [default: 512]"),
     ("--batch-size", "batch_size", int, "Changes speed and memory only.  [default: 16]"),
@@ -45,7 +54,7 @@ _CALIBRATION_FLAGS = (
 
 def _add_calibration_flags(command: Any) -> Any:
     for flag, key, value_type, text in reversed(_CALIBRATION_FLAGS):
-        command = click.option(flag, key, type=value_type, help=text, multiple=key == "text")(
+        command = click.option(flag, key, type=value_type, help=text, multiple=key in _REPEATED)(
             command
         )
     command = click.option("--shuffle/--no-shuffle", default=None, help="Draw the examples.")(
@@ -181,9 +190,10 @@ class _ProgressBar:
 def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
     """Return the calibration keys that were given as flags."""
     given = {key: value for key, value in flags.items() if value is not None and value != ()}
-    if "text" in given:
-        columns = given["text"]
-        given["text"] = columns[0] if len(columns) == 1 else list(columns)
+    for key in _REPEATED:
+        if key in given:
+            columns = given[key]
+            given[key] = columns[0] if len(columns) == 1 else list(columns)
     if seed is not None:
         given["seed"] = seed
     return given

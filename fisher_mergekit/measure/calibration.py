@@ -1,14 +1,15 @@
-"""Rows of a data set: the texts, pairs or chats, and labels, that a model is measured on."""
+"""Rows of a data set: the texts, chats or pictures, and labels, that a model is measured on."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fisher_mergekit.errors import CalibrationError, nearest
+from fisher_mergekit.measure.labels import is_words
 from fisher_mergekit.recipe import Calibration
 
 LOG = logging.getLogger(__name__)
@@ -23,11 +24,23 @@ DEFAULT_EXAMPLES = 4096
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it stands in the data: text or a pair, or chat messages, and a label."""
+    """One example as it stands in the data.
 
-    text: str | tuple[str, str] | None
+    Attributes:
+        text: a text, a pair, or a list of words.
+        messages: a chat.
+        label: what was observed: a class, numbers, a list, an answer; the head knows.
+        choices: continuations of the text, one of which is right.
+        image: a picture, in one of the ways that `datasets` gives it.
+        number: its place in the data.
+    """
+
+    text: str | tuple[str, str] | list[str] | None
     messages: Sequence[Mapping[str, str]] | None
-    label: int | float | str | None
+    label: Any
+    choices: list[str] | None = None
+    image: Any = None
+    number: int = field(default=0, compare=False)
 
 
 def load_rows(calibration: Calibration) -> list[Row]:
@@ -41,10 +54,11 @@ def load_rows(calibration: Calibration) -> list[Row]:
             "no calibration data. Add `calibration: {path: …, text: …}` to the model in the recipe "
             "(or --path and --text)."
         )
-    if (calibration.text is None) == (calibration.messages is None):
+    sources = (calibration.text, calibration.messages, calibration.image)
+    if sum(source is not None for source in sources) != 1:
         raise CalibrationError(
             f"{calibration.path}: name either the text column(s), `text:`, or the chat column, "
-            "`messages:`."
+            "`messages:`, or the column of pictures, `image:`."
         )
     wanted = calibration.examples or DEFAULT_EXAMPLES
     records = _first(_load_dataset(calibration), wanted, calibration)
@@ -152,7 +166,20 @@ def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Ro
             raise CalibrationError(f"{where}: column {name!r} holds no text, but {value!r}.")
         return value
 
+    def texts(name: str) -> list[str]:
+        value = column(name)
+        if not is_words(value):
+            raise CalibrationError(
+                f"{where}: column {name!r} holds no list of texts, but {value!r}."
+            )
+        return list(value)
+
     label = None if calibration.label is None else column(calibration.label)
+    if calibration.image is not None:
+        image = column(calibration.image)
+        if image is None:
+            raise CalibrationError(f"{where}: column {calibration.image!r} is empty.")
+        return Row(None, None, label, image=image, number=number)
     if calibration.messages is not None:
         messages = column(calibration.messages)
         if not _is_chat(messages):
@@ -160,12 +187,18 @@ def _row(record: Mapping[str, Any], number: int, calibration: Calibration) -> Ro
                 f"{where}: column {calibration.messages!r} is no chat; expected a list of "
                 "{role, content} entries."
             )
-        return Row(None, messages, label)
+        return Row(None, messages, label, number=number)
     names = calibration.text
     assert names is not None
-    if isinstance(names, str):
-        return Row(text(names), None, label)
-    return Row((text(names[0]), text(names[1])), None, label)
+    if not isinstance(names, str):
+        pair = text(names[0]), text(names[1])
+        return Row(pair, None, label, number=number)
+    if calibration.choices is not None:
+        choices = calibration.choices
+        several = texts(choices) if isinstance(choices, str) else [text(c) for c in choices]
+        return Row(text(names), None, label, several, number=number)
+    words = is_words(column(names))
+    return Row(texts(names) if words else text(names), None, label, number=number)
 
 
 def _is_chat(messages: Any) -> bool:

@@ -1,70 +1,198 @@
-"""Rows to tokenised examples, by the model's own tokenizer."""
+"""Rows to examples, by the model's own tokenizer or image processor.
+
+What every head shares is here: tokens of a text, a pair or a chat, and pixels of a picture. What a
+head makes of them, and of the labels, it says itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
+import transformers
 import xxhash
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fisher_mergekit.errors import CalibrationError, CheckpointError
+from fisher_mergekit.errors import CalibrationError, CheckpointError, FisherMergekitError
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import Row
-from fisher_mergekit.measure.likelihoods.base import Likelihood
+from fisher_mergekit.measure.images import pixels
 from fisher_mergekit.recipe import Calibration
 
 _INPUTS = ("input_ids", "token_type_ids")
 
+Encoded = tuple[dict[str, Tensor], Tensor | None, Tensor | None]
+"""An example's `inputs`, `scored` and `outcome`."""
 
-def encode(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    calibration: Calibration,
-    likelihood: Likelihood,
-) -> list[Example]:
-    """Tokenise calibration rows, cut to the maximum length.
+
+class Head(Protocol):
+    """What a likelihood has to do with rows."""
+
+    def encode(self, row: Row, encoder: Encoder) -> Encoded:
+        """Return what an example made of this row gives the model, scores, and observed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One model's way of reading.
+
+    Attributes:
+        config: the model's.
+        calibration: how much is read, and what of it is prompt.
+        tokenizer: the model's own, or None if it reads no text.
+        processor: the model's own image processor, or None if it reads no pictures.
+    """
+
+    config: PretrainedConfig
+    calibration: Calibration
+    tokenizer: Any = None
+    processor: Any = None
+
+    @cached_property
+    def length(self) -> int:
+        """The longest text in tokens."""
+        return min(self.calibration.max_length, longest_input(self.tokenizer, self.config))
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up the shorter choices of one example; it is masked."""
+        for token in (self.config.pad_token_id, self.tokenizer.pad_token_id):
+            if token is not None and token >= 0:
+                return int(token)
+        return 0
+
+    def read(self, row: Row) -> tuple[dict[str, Tensor], int]:
+        """Return the inputs of a text, pair, chat or picture, and how many tokens are prompt."""
+        if row.image is not None:
+            return {"pixel_values": pixels(row.image, self.processor, self.config)}, 0
+        if row.messages is not None:
+            return self._chat(row.messages)
+        if isinstance(row.text, list):
+            raise CalibrationError(
+                f"column {self.calibration.text!r} holds a list of words, which only token "
+                "classifiers read."
+            )
+        if row.choices is not None:
+            raise CalibrationError("only multiple-choice models read `choices:`; remove it.")
+        first, second = row.text if isinstance(row.text, tuple) else (row.text, None)
+        encoded = self.tokens(first, second)
+        prompt = self._prompt(encoded, second) if self.calibration.mask_prompt else 0
+        return self.tensors(encoded), prompt
+
+    def tokens(self, first: Any = None, second: Any = None, **options: Any) -> Any:
+        """Tokenise a text or pair, cut to the longest that is read.
+
+        Raises:
+            CalibrationError: there is nothing in it, or the tokenizer cannot do it.
+            CheckpointError: the tokenizer knows tokens that the model does not.
+        """
+        options = {"truncation": True, "max_length": self.length, **options}
+        try:
+            encoded = self.tokenizer(first, second, **options)
+        except Exception as error:  # Rust panics, assertions, whatever it stumbles over
+            raise CalibrationError(f"the tokenizer refuses it: {error}") from None
+        ids = encoded["input_ids"]
+        if not ids:
+            raise CalibrationError("the text has no tokens.")
+        text_config = self.config.get_text_config()
+        vocabulary = getattr(text_config, "vocab_size", None) or 1 << 62
+        if max(ids) >= vocabulary:
+            raise CheckpointError(
+                f"the tokenizer gives token {max(ids)}, but the model has only {vocabulary} "
+                "(vocab_size). They do not belong together; put the model's own tokenizer files "
+                "into its folder."
+            )
+        return encoded
+
+    def tensors(self, encoded: Any) -> dict[str, Tensor]:
+        """Return those inputs that the model has, `[1, t]` each."""
+        inputs = {name: torch.tensor([encoded[name]]) for name in _INPUTS if name in encoded}
+        if getattr(self.config, "type_vocab_size", None) in (None, 0, 1):
+            # A generic tokenizer makes them for any model, and GPT-2 would read them as words.
+            inputs.pop("token_type_ids", None)
+        return inputs
+
+    def _prompt(self, encoded: Any, second: str | None) -> int:
+        """Return where the second of a pair begins."""
+        if second is None:
+            raise CalibrationError(
+                "mask_prompt needs to know the prompt: give a pair `text: [PROMPT, COMPLETION]`, "
+                "or `messages:`."
+            )
+        if not self.tokenizer.is_fast:
+            raise CalibrationError(
+                "mask_prompt cannot tell the prompt from the completion with this model's slow "
+                "tokenizer; give chats, `messages:`, or save a fast tokenizer with the model."
+            )
+        sequence = encoded.sequence_ids(0)
+        return next((i for i, part in enumerate(sequence) if part == 1), len(sequence))
+
+    def _chat(self, messages: Any) -> tuple[dict[str, Tensor], int]:
+        """Render a chat; its prompt is everything before the last message."""
+        if not self.tokenizer.chat_template:
+            raise CalibrationError(
+                "this model's tokenizer has no chat template; name a plain text column, `text:`."
+            )
+        whole = self._render(messages)
+        is_fast = self.tokenizer.is_fast
+        encoded = self.tokens(whole, add_special_tokens=False, return_offsets_mapping=is_fast)
+        inputs = self.tensors(encoded)
+        if not self.calibration.mask_prompt or len(messages) < 2:
+            return inputs, 0
+        before = self._render(messages[:-1], add_generation_prompt=True)
+        if not whole.startswith(before):
+            raise CalibrationError(
+                "the chat template does not render the prompt as a part of the whole chat, so it "
+                "cannot be masked."
+            )
+        if is_fast:
+            return inputs, sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
+        prompt = len(self.tokenizer(before, add_special_tokens=False)["input_ids"])
+        return inputs, min(prompt, len(encoded["input_ids"]))
+
+    def _render(self, messages: Any, **options: bool) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # a template is a program: roles that do not alternate, …
+            raise CalibrationError(f"the chat template refuses this chat: {error}") from None
+        return text
+
+
+def encode(rows: Sequence[Row], encoder: Encoder, head: Head) -> list[Example]:
+    """Make an example of every calibration row.
 
     Raises:
-        CalibrationError: an empty example, a label outside the model's classes, a chat without a
-            chat template, a prompt that cannot be told from the rest, or no room for any text.
+        CalibrationError: no room for any text, or a row that this head cannot read; it is named.
         CheckpointError: the tokenizer knows tokens that the model does not.
     """
-    length = min(calibration.max_length, longest_input(tokenizer, config))
-    _check_room(tokenizer, calibration, length)
-    vocabulary = getattr(config, "vocab_size", None) or 1 << 62
+    if encoder.tokenizer is not None:
+        _check_room(encoder)
     examples = []
-    for number, row in enumerate(rows):
-        where = f"{calibration.path}, example {number}"
-        ids, prompt = _ids(row, tokenizer, calibration, length, where)
-        if getattr(config, "type_vocab_size", None) in (None, 0, 1):
-            # A generic tokenizer makes them for any model, and GPT-2 would read them as words.
-            ids.pop("token_type_ids", None)
-        if not ids["input_ids"]:
-            raise CalibrationError(f"{where}: the text has no tokens.")
-        if max(ids["input_ids"]) >= vocabulary:
-            raise CheckpointError(
-                f"{where}: the tokenizer gives token {max(ids['input_ids'])}, but the model has "
-                f"only {vocabulary} (vocab_size). They do not belong together; put the model's own "
-                "tokenizer files into its folder."
-            )
-        label = None if row.label is None else _class_index(row.label, config, where)
-        inputs = {name: torch.tensor([x]) for name, x in ids.items()}
-        examples.append(Example(number, inputs, *likelihood.target(inputs, prompt, label)))
+    for row in rows:
+        try:
+            examples.append(Example(row.number, *head.encode(row, encoder)))
+        except FisherMergekitError as error:
+            where = f"{encoder.calibration.path}, example {row.number}"
+            raise type(error)(f"{where}: {error.message}") from error
     return examples
 
 
-def _check_room(tokenizer: PreTrainedTokenizerBase, calibration: Calibration, length: int) -> None:
+def _check_room(encoder: Encoder) -> None:
     """Refuse a length that special tokens fill: nothing, or all of the text, would be measured."""
+    calibration = encoder.calibration
     if calibration.messages is not None:
         return  # a chat template adds its own
-    special = tokenizer.num_special_tokens_to_add(pair=isinstance(calibration.text, tuple))
-    if special and length <= special:
+    pair = isinstance(calibration.text, tuple) or calibration.choices is not None
+    special = encoder.tokenizer.num_special_tokens_to_add(pair=pair)
+    if special and encoder.length <= special:
         raise CalibrationError(
-            f"max_length: {length} tokens an example leave no room for text, because the tokenizer "
-            f"adds {special} special ones. Raise it; the default is "
+            f"max_length: {encoder.length} tokens an example leave no room for text, because the "
+            f"tokenizer adds {special} special ones. Raise it; the default is "
             f"{Calibration.model_fields['max_length'].default}."
         )
 
@@ -77,6 +205,15 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     return min(int(tokenizer.model_max_length), positions)
 
 
+def reads(architecture: str) -> str:
+    """Return the main input of a transformers class: `input_ids`, `pixel_values`, ….
+
+    What a class of remote code reads is not known before its code is run; most read text.
+    """
+    model_class = getattr(transformers, architecture, None)
+    return str(getattr(model_class, "main_input_name", "input_ids"))
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """Return a digest of what the model saw: inputs, what is scored and observed, in order."""
     hasher = xxhash.xxh3_128()
@@ -87,103 +224,3 @@ def fingerprint(examples: Sequence[Example]) -> str:
                 hasher.update(f"{name} {x.dtype} {list(x.shape)}".encode())
                 hasher.update(x.contiguous().numpy().tobytes())
     return hasher.hexdigest()
-
-
-def _ids(
-    row: Row, tokenizer: Any, calibration: Calibration, length: int, where: str
-) -> tuple[dict[str, list[int]], int]:
-    """Return model inputs, and the length of the prompt in tokens."""
-    if row.messages is not None:
-        return _chat_ids(row.messages, tokenizer, calibration.mask_prompt, length, where)
-    first, second = row.text if isinstance(row.text, tuple) else (row.text, None)
-    encoded = tokenizer(first, second, truncation=True, max_length=length)
-    inputs = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
-    if not calibration.mask_prompt:
-        return inputs, 0
-    if second is None:
-        raise CalibrationError(
-            "mask_prompt needs to know the prompt: give a pair `text: [PROMPT, COMPLETION]`, or "
-            "`messages:`."
-        )
-    if not tokenizer.is_fast:
-        raise CalibrationError(
-            "mask_prompt cannot tell the prompt from the completion with this model's slow "
-            "tokenizer; give chats, `messages:`, or save a fast tokenizer with the model."
-        )
-    sequence = encoded.sequence_ids(0)
-    prompt = next((i for i, part in enumerate(sequence) if part == 1), len(sequence))
-    return inputs, prompt
-
-
-def _chat_ids(
-    messages: Any, tokenizer: Any, mask_prompt: bool, length: int, where: str
-) -> tuple[dict[str, list[int]], int]:
-    """Render a chat; its prompt is everything before the last message."""
-    if not tokenizer.chat_template:
-        raise CalibrationError(
-            "this model's tokenizer has no chat template; name a plain text column, `text:`."
-        )
-    whole = _render(messages, tokenizer, where)
-    encoded = tokenizer(
-        whole,
-        add_special_tokens=False,
-        truncation=True,
-        max_length=length,
-        return_offsets_mapping=tokenizer.is_fast,
-    )
-    inputs = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
-    if not mask_prompt or len(messages) < 2:
-        return inputs, 0
-    before = _render(messages[:-1], tokenizer, where, add_generation_prompt=True)
-    if not whole.startswith(before):
-        raise CalibrationError(
-            f"{where}: the chat template does not render the prompt as a part of the whole chat, "
-            "so it cannot be masked."
-        )
-    if tokenizer.is_fast:
-        return inputs, sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
-    prompt = len(tokenizer(before, add_special_tokens=False)["input_ids"])
-    return inputs, min(prompt, len(inputs["input_ids"]))
-
-
-def _render(messages: Any, tokenizer: Any, where: str, **options: bool) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program: roles that do not alternate, …
-        raise CalibrationError(f"{where}: the chat template refuses this chat: {error}") from None
-    return text
-
-
-def _class_index(label: int | float | str, config: PretrainedConfig, where: str) -> int:
-    """Return the class index of a label given as an index or a name.
-
-    An index may also be `1.0` or `"1"`: a CSV with one empty cell reads its whole column so.
-    """
-    classes = config.num_labels
-    if isinstance(label, str) and label in config.label2id:
-        return int(config.label2id[label])
-    index = _whole(label)
-    if index is not None and 0 <= index < classes:
-        named = config.label2id.get(str(index), index)
-        if named != index:
-            raise CalibrationError(
-                f"{where}: label {label!r} is the name of the model's class {named}, but also the "
-                f"index of another, {config.id2label[index]!r}. Give names as text, or, as only "
-                "the empirical estimator needs labels, drop `label:`."
-            )
-        return index
-    names = ", ".join(str(config.id2label[i]) for i in range(min(classes, 8)))
-    raise CalibrationError(
-        f"{where}: label {label!r} is none of the model's {classes} classes (0 to {classes - 1}: "
-        f"{names}). Give data of the model's own task; only the empirical estimator needs labels, "
-        "for the others drop `label:`."
-    )
-
-
-def _whole(label: object) -> int | None:
-    """Return a label as a whole number, if it is one."""
-    if isinstance(label, str):
-        return int(label) if label.isdecimal() else None
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label // 1:
-        return None
-    return int(label)

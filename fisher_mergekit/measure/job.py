@@ -17,7 +17,8 @@ from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.sidecar.writer import SHARD_SIZE
 
 _SOURCE_KEYS = (
-    "path", "name", "split", "data_files", "text", "messages", "label", "shuffle",
+    "path", "name", "split", "data_files", "text", "messages", "image", "choices", "label",
+    "shuffle",
 )  # fmt: skip
 """Calibration keys that say which data; recorded in the header."""
 

@@ -15,8 +15,9 @@ from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, SidecarError
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
-from fisher_mergekit.measure.encoding import encode, fingerprint
+from fisher_mergekit.measure.encoding import Encoder, encode, fingerprint, reads
 from fisher_mergekit.measure.estimators import estimator_for
+from fisher_mergekit.measure.images import read_image_processor
 from fisher_mergekit.measure.job import Job, source_of
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
@@ -27,6 +28,7 @@ from fisher_mergekit.measure.subject import (
     read_config,
     read_tokenizer,
 )
+from fisher_mergekit.measure.units import unit_for
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
@@ -42,7 +44,7 @@ class Prepared:
 
     Attributes:
         job: what is to be measured.
-        tokenizer: the model's own.
+        tokenizer: the model's own, or None if it reads no text.
         likelihood: what log p(y|x) is for its head.
         estimator: the one asked for, or the likelihood's default.
         examples: the calibration data as the model will see it.
@@ -72,22 +74,30 @@ def prepare(job: Job) -> Prepared:
     config, architecture = read_config(job.folder, trust_remote_code=job.trust_remote_code)
     likelihood = likelihood_for(architecture, config)
     estimator = calibration.estimator or likelihood.default_estimator
-    likelihood.check(config, estimator)
+    likelihood.check(config, calibration.unit)
     check_tensors(config, architecture, checkpoint)
-    tokenizer = read_tokenizer(job.folder, trust_remote_code=job.trust_remote_code)
-    examples = encode(load_rows(calibration), tokenizer, config, calibration, likelihood)
-    unlabelled = [e.number for e in examples if e.outcome is None]
-    if estimator == "empirical" and likelihood.needs_label and unlabelled:
-        remedy = (
-            "Name the column: `label: COLUMN` (--label)."
-            if calibration.label is None
-            else f"Fill its column {calibration.label!r}, or leave out such rows."
-        )
-        raise CalibrationError(
-            f"the empirical estimator needs labels, and example {unlabelled[0]} has none. {remedy}"
-        )
+    encoder = _encoder(job, config, architecture)
+    examples = encode(load_rows(calibration), encoder, likelihood)
+    estimator_for(estimator).check(likelihood, config, examples, calibration)
     check_writable(job.out)
-    return Prepared(job, tokenizer, likelihood, estimator, examples)
+    return Prepared(job, encoder.tokenizer, likelihood, estimator, examples)
+
+
+def _encoder(job: Job, config: Any, architecture: str) -> Encoder:
+    """Return the model's way of reading, if the calibration names what it reads."""
+    calibration, main = job.calibration, reads(architecture)
+    if main == "input_ids":
+        tokenizer = read_tokenizer(job.folder, trust_remote_code=job.trust_remote_code)
+        return Encoder(config, calibration, tokenizer=tokenizer)
+    if main != "pixel_values":
+        raise CalibrationError(
+            f"{architecture} reads {main}, which cannot be made of calibration data yet; so far "
+            "texts and pictures can."
+        )
+    if calibration.image is None:
+        raise CalibrationError(f"{architecture} reads pictures; name their column, `image:`.")
+    processor = read_image_processor(job.folder, trust_remote_code=job.trust_remote_code)
+    return Encoder(config, calibration, processor=processor)
 
 
 def precompute(prepared: Prepared, progress: Progress = lambda done, total: None) -> Header:
@@ -115,6 +125,7 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         likelihood=likelihood,
         estimator=estimator_for(estimator),
         seed=calibration.seed,
+        unit=unit_for(calibration.unit),
         pad_token_id=subject.pad_token_id,
         device=torch.device(job.device),
     )

@@ -29,6 +29,7 @@ from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, 
 from fisher_mergekit.measure.estimators import Estimator
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.taps import Irregular, Taps, add_single_squares
+from fisher_mergekit.measure.units import Unit, sequence
 
 LOG = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Session:
         seed: of the sampled estimator's draws.
         pad_token_id: any id; padding is masked.
         device: where the model is.
+        unit: whose gradient is squared whole.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Session:
     seed: int
     pad_token_id: int
     device: torch.device
+    unit: Unit = sequence
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -188,7 +191,7 @@ class Session:
 
     def _starts(self, logits: Tensor, batch: Batch) -> list[Tensor]:
         starts = self.estimator.starts(self.likelihood, logits.detach(), batch, self.seed)
-        return [start.to(logits.dtype) for start in starts]
+        return [self.unit.weigh(start, batch, self.seed).to(logits.dtype) for start in starts]
 
     def _add_loose(self, batch: Batch) -> None:
         """Measure the parameters that no rule covers, one example at a time."""

@@ -11,6 +11,8 @@ from models import read, rewrite
 from precomputing import flags, refuse, write_recipe
 from tiny import ROWS, write_rows
 
+from fisher_mergekit.measure.estimators import exact
+
 
 class TestBadInput:
     """Each is one message with what mends it, and leaves no sidecar."""
@@ -90,7 +92,7 @@ class TestBadInput:
             ("merge_method: fisher\nmodels: [{model: ./a}]\ncalibration: {examples: many}",
              "examples: Input should be a valid integer"),
             ("merge_method: fisher\nmodels: [{model: ./a}]\ncalibration: {estimator: exakt}",
-             "estimator: Input should be 'exact', 'sampled' or 'empirical'"),
+             "estimator: Input should be 'empirical', 'exact' or 'sampled'"),
             ("merge_method: fisher\nmodels: [{model: ./a}]\ncalibration: 7",
              "expected a mapping of keys, got 7"),
             ("merge_method: fisher\nmodels: [{model: ./a, parameters: {lamda: 1}}]",
@@ -164,9 +166,16 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "phrase"),
         [
-            ({"architectures": ["BertForMaskedLM"]}, "no likelihood is known for BertForMaskedLM"),
-            ({"id2label": {"0": "only"}, "label2id": {"only": 0}}, "classifier has 1 label(s)"),
-            ({"problem_type": "regression"}, "problem_type 'regression'"),
+            ({"architectures": ["BertForPreTraining"]}, "known for BertForPreTraining"),
+            (
+                {
+                    "id2label": {"0": "only"},
+                    "label2id": {"only": 0},
+                    "problem_type": "single_label_classification",
+                },
+                "classifier has 1 label(s)",
+            ),
+            ({"problem_type": "ranking"}, "no likelihood is known for"),
             ({"hidden_size": -8}, "describes no BertForSequenceClassification"),
             ({"num_attention_heads": 3}, "describes no BertForSequenceClassification"),
             ({"hidden_size": "wide"}, "is not a model that transformers can read"),
@@ -177,9 +186,12 @@ class TestBadInput:
         (bert / "config.json").write_text(json.dumps({**config, **change}))
         assert phrase in refuse(*flags(bert, data))
 
-    def test_exact_on_a_causal_lm(self, gpt2, data):
+    def test_exact_on_a_causal_lm(self, gpt2, tmp_path, monkeypatch):
+        """Of twelve tokens eleven are predicted, each out of 24: 253 passes."""
+        data = write_rows(tmp_path / "data.jsonl", [{"text": "cat " * 50}])
+        monkeypatch.setattr(exact, "MAX_PASSES", 252)
         said = refuse(*flags(gpt2, data, "--estimator", "exact"))
-        assert "one backward pass for each of the 24 tokens of the vocabulary" in said
+        assert "would need 253 backward passes for each batch, and more than 252 are" in said
         assert "Use `estimator: sampled`" in said
 
     def test_a_causal_lm_with_nothing_to_score(self, gpt2, tmp_path):

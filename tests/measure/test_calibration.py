@@ -159,7 +159,8 @@ def tokenizers(tmp_path_factory):
 
 
 def encode(rows, tokenizer, config, calibration, head="ForSequenceClassification"):
-    return encoding.encode(rows, tokenizer, config, calibration, likelihood_for(head))
+    encoder = encoding.Encoder(config, calibration, tokenizer=tokenizer)
+    return encoding.encode(rows, encoder, likelihood_for(head))
 
 
 def encoded(tokenizers, family, row, head="ForCausalLM", **keys):

@@ -7,13 +7,15 @@ and s the *score* of y, ∂ log p(y|x) / ∂ logits. Every estimator only needs 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fisher_mergekit.errors import CalibrationError
-from fisher_mergekit.measure.batches import Batch
+from fisher_mergekit.errors import CalibrationError, MeasureError
+from fisher_mergekit.measure.batches import Batch, Example
+from fisher_mergekit.measure.calibration import Row
+from fisher_mergekit.measure.encoding import Encoded, Encoder
 
 
 class Likelihood(ABC):
@@ -24,8 +26,10 @@ class Likelihood(ABC):
     heads: ClassVar[tuple[str, ...]]
     """Ends of the names of the transformers classes that have this head."""
     default_estimator: ClassVar[str]
-    needs_label: ClassVar[bool]
+    needs_label: ClassVar[bool] = True
     """Whether the empirical estimator needs a label column."""
+    has_positions: ClassVar[bool] = False
+    """Whether log p is a sum over positions of the logits, so that `unit: token` says something."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -37,15 +41,25 @@ class Likelihood(ABC):
         """Return whether a transformers class with this configuration (or None) has this head."""
         return architecture.endswith(cls.heads)
 
-    @abstractmethod
-    def check(self, config: Any, estimator: str) -> None:
-        """Raise MeasureError if the configuration asks for another likelihood or estimator."""
+    def check(self, config: Any, unit: str) -> None:
+        """Raise MeasureError if the configuration or the unit makes no sense for this head."""
+        if unit == "token" and not self.has_positions:
+            raise MeasureError(
+                f"`unit: token` is for models that predict something at every token, and a "
+                f"{self.name.replace('_', ' ')} head does not. Leave out `unit:`."
+            )
 
     @abstractmethod
-    def target(
-        self, inputs: dict[str, Tensor], prompt: int, label: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return an example's `scored` and `outcome`."""
+    def passes(self, config: Any, examples: Sequence[Example]) -> int:
+        """Return the number of columns of `factor`: what `exact` costs in backward passes."""
+
+    @abstractmethod
+    def encode(self, row: Row, encoder: Encoder) -> Encoded:
+        """Return what an example made of this row gives the model, scores, and observed.
+
+        Raises:
+            CalibrationError: the row has no such thing, or another one than this head needs.
+        """
 
     def logits(self, output: Any, batch: Batch) -> Tensor:
         """Return what the likelihood is a function of, the examples along the first axis."""

@@ -1,21 +1,18 @@
 """A causal LM: log p(x) = Σ_t log p(x_t | x_<t) over the second to the last token.
 
 Logits are `[b, t, v]`; position t predicts token t + 1. Padding, and the prompt if it is masked, is
-not scored. Drawing each token from the model given the true prefix makes the cross terms between
-positions vanish in expectation: the squared sequence gradient of a sampled outcome is then an
-unbiased estimate of the sum of token-level Fishers.
+not scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisher_mergekit.errors import MeasureError
-from fisher_mergekit.measure.batches import Batch
+from fisher_mergekit.measure.calibration import Row
+from fisher_mergekit.measure.encoding import Encoded, Encoder
 from fisher_mergekit.measure.likelihoods.positions import CategoricalPositions
 
 
@@ -24,7 +21,6 @@ class CausalLM(CategoricalPositions):
 
     name = "causal_lm"
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    default_estimator = "sampled"
     needs_label = False
 
     @classmethod
@@ -34,21 +30,12 @@ class CausalLM(CategoricalPositions):
             getattr(config, "is_encoder_decoder", architecture.endswith(cls.heads[-1]))
         )
 
-    def check(self, config: Any, estimator: str) -> None:
-        if estimator == "exact":
-            raise MeasureError(
-                "the exact estimator would need one backward pass for each of the "
-                f"{config.get_text_config().vocab_size:,} tokens of the vocabulary. Use "
-                "`estimator: sampled`, which is unbiased and needs one."
-            )
+    def classes(self, config: Any) -> int:
+        return int(config.get_text_config().vocab_size)
 
-    def target(
-        self, inputs: dict[str, Tensor], prompt: int, label: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return next_tokens(inputs["input_ids"][0], prompt)
-
-    def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
-        raise NotImplementedError("`check` refuses the exact estimator")
+    def encode(self, row: Row, encoder: Encoder) -> Encoded:
+        inputs, prompt = encoder.read(row)
+        return inputs, *next_tokens(inputs["input_ids"][0], prompt)
 
 
 def next_tokens(ids: Tensor, prompt: int = 0) -> tuple[Tensor, Tensor]:

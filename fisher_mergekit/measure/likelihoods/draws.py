@@ -10,15 +10,31 @@ from torch import Tensor
 # Scatters neighbouring seeds: else seed 1 would draw for example 0 what seed 0 draws for example 1.
 _MIX = 0x9E3779B97F4A7C15
 
+OUTCOMES, MASKS, SIGNS = 0, 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D
+"""Streams of draws that know nothing of each other: outcomes, tokens to mask, signs."""
 
-def uniforms(seed: int, examples: Sequence[int], length: int) -> Tensor:
+
+def uniforms(seed: int, examples: Sequence[int], length: int, stream: int = OUTCOMES) -> Tensor:
     """Return uniform numbers in [0, 1), `[b, length]` float64, a stream of its own an example."""
     rows = []
     for example in examples:
-        mixed = ((seed + 1) * _MIX + example) % (1 << 63)
+        mixed = ((seed + 1) * _MIX + example + stream) % (1 << 63)
         generator = torch.Generator().manual_seed(mixed)
         rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
     return torch.stack(rows)
+
+
+def normals(seed: int, examples: Sequence[int], length: int) -> Tensor:
+    """Return numbers of the standard normal distribution, `[b, length]` float64."""
+    # Never infinite: the least number above zero that `uniforms` can give is 2^-53.
+    uniform = uniforms(seed, examples, length).clamp_min(2.0**-54)
+    normal: Tensor = torch.special.ndtri(uniform)
+    return normal
+
+
+def signs(seed: int, examples: Sequence[int], length: int) -> Tensor:
+    """Return independent signs, +1 or −1, `[b, length]` float64."""
+    return 1 - 2 * (uniforms(seed, examples, length, SIGNS) < 0.5).double()
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
