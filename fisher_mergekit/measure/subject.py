@@ -182,12 +182,24 @@ def load_subject(
     return Subject(model.to(device), architecture, checkpoint, groups, unmeasured)
 
 
+_AUTOMATIC = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+"""Which Auto class makes a model of remote code, by the end of its name."""
+
+
 def _model_class(architecture: str) -> Any:
     """Return the transformers class, or the Auto class for remote code."""
     if hasattr(transformers, architecture):
         return getattr(transformers, architecture)
-    if architecture.endswith("ForSequenceClassification"):
-        return transformers.AutoModelForSequenceClassification
+    for head, automatic in _AUTOMATIC.items():
+        if architecture.endswith(head):
+            return getattr(transformers, automatic)
     return transformers.AutoModelForCausalLM
 
 

@@ -173,7 +173,7 @@ class TestBadInput:
                     "label2id": {"only": 0},
                     "problem_type": "single_label_classification",
                 },
-                "classifier has 1 label(s)",
+                "or use `problem_type="regression"`",
             ),
             ({"problem_type": "ranking"}, "no likelihood is known for"),
             ({"hidden_size": -8}, "describes no BertForSequenceClassification"),

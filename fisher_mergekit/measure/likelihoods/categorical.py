@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch, Example
 from fisher_mergekit.measure.calibration import Row
 from fisher_mergekit.measure.encoding import Encoded, Encoder
@@ -42,15 +41,6 @@ class Categorical(OneOf, Classifier):
     name = "categorical"
     heads = HEADS
     problem = SINGLE_LABEL
-
-    def check(self, config: Any, unit: str) -> None:
-        super().check(config, unit)
-        if config.num_labels < 2:
-            raise MeasureError(
-                f"this classifier has {config.num_labels} label(s): the probability of a single "
-                "class is always one, and its Fisher zero. If it is a regression, say so in its "
-                'config.json: "problem_type": "regression".'
-            )
 
     def passes(self, config: Any, examples: Sequence[Example]) -> int:
         return int(config.num_labels) - 1
