@@ -25,7 +25,7 @@ from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.axes import SHARED, Axes, NoExamples, Reading
 from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
-from fisher_mergekit.measure.layers.base import Layer, Unfit, own_parameters
+from fisher_mergekit.measure.layers.base import Layer, OneInput, Unfit, own_parameters
 from fisher_mergekit.measure.layers.local import Local
 from fisher_mergekit.measure.sites import Backward, Site
 
@@ -84,9 +84,11 @@ class TappedLayer:
         raise NoExamples
 
     @property
-    def is_shared(self) -> bool:
-        """Whether some input was one row for all examples."""
-        return any(SHARED in found for known in self.readings.values() for found in known)
+    def is_spread(self) -> bool:
+        """Whether the rule made a row an example of one row for all of them."""
+        return isinstance(self.rule, OneInput) and any(
+            SHARED in found for known in self.readings.values() for found in known
+        )
 
 
 class Taps:
@@ -224,7 +226,7 @@ class Taps:
             try:
                 return run()
             except (RuntimeError, ValueError, IndexError) as error:
-                suspects = [x for x in self._layers.values() if x.calls and x.is_shared]
+                suspects = [x for x in self._layers.values() if x.calls and x.is_spread]
                 if self._sealed or isinstance(error, torch.OutOfMemoryError) or not suspects:
                     raise
                 # A row an example where the model wants one row for all of them.
