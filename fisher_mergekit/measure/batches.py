@@ -45,7 +45,7 @@ class Example:
     def form(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """What examples of one batch have in common: their inputs, and all sizes but lengths."""
         return tuple(
-            (name, tuple(x.shape[1:] if x.is_floating_point() else x.shape[1:-1]))
+            (name, tuple(x.shape if x.is_floating_point() else x.shape[1:-1]))
             for name, x in sorted(self.inputs.items())
         )
 

@@ -15,6 +15,7 @@ wrongly but slowly, by that same plain autograd.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
@@ -233,11 +234,12 @@ def _axes(batch: Batch) -> Axes:
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     """Return up to `count` examples from the longest to the shortest, so that some are padded.
 
-    Examples of which nothing may be scored (they are all prompt) would compare zeros with zeros.
+    They are of the commonest form. Examples of which nothing may be scored (they are all prompt)
+    would compare zeros with zeros.
     """
-    telling = [e for e in examples if e.is_scored] or examples
-    ordered = by_length(telling)
-    ordered = [e for e in ordered if e.form == ordered[0].form]
+    ordered = by_length([e for e in examples if e.is_scored] or examples)
+    form, _ = Counter(e.form for e in ordered).most_common(1)[0]
+    ordered = [e for e in ordered if e.form == form]
     last = len(ordered) - 1
     places = sorted({round(last * i / (count - 1)) for i in range(count)})
     return [ordered[place] for place in places]
