@@ -7,8 +7,9 @@ The way of the data, one room each:
     subject.py       a checkpoint -> the model, and what of it is which tensor in its files
     likelihoods/     logits -> the score of an outcome: what log p(y|x) is for this head
     estimators/      where y comes from: exact, sampled, empirical
-    taps.py          every layer's inputs and output gradients, batch by batch
-    layers/          a layer's taps -> what each example adds to its parameters' gradients
+    taps.py          which way each parameter is measured, and who is asked when one fails
+    axes.py          where the examples are in a tensor
+    layers/          a layer's inputs and output gradients -> what each example adds
     contributions.py … squared example by example, and summed
     session.py       the loop that joins them
     job.py           what is asked for, and whether it has been measured already
