@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from fisher_mergekit.errors import MeasureError
+from fisher_mergekit.measure.kernels import add_squared_products, add_squared_segments
+from fisher_mergekit.measure.kernels.lookups import add_meeting
 
 CACHE_ELEMENTS = 64 * 1024
 """Elements of a block of the accumulator: 256 KiB, so that it and the buffer stay in cache."""
@@ -81,7 +83,8 @@ def add_squares(total: Tensor, contributions: Sequence[Contribution]) -> None:
     if isinstance(first, Segments):
         if others:
             raise MeasureError("packed experts are used more than once in one pass.")
-        _add_segments(total, first)
+        if not add_squared_segments(total, first.rows, first.cols, first.offsets):
+            _add_segments(total, first)
         return
     products = [c for c in contributions if isinstance(c, Product)]
     scatters = [c for c in contributions if isinstance(c, Scatter)]
@@ -102,18 +105,22 @@ def add_squares(total: Tensor, contributions: Sequence[Contribution]) -> None:
     cols = _join([p.cols for p in products])
     if rows.shape[1] == 1 and scatter is None:
         # One token: (rows_o cols_i)² = rows_o² cols_i², and the sum over examples is one product.
-        total.addmm_(rows[:, 0].square().T, cols[:, 0].square())
+        total.addmm_(rows[:, 0].float().square().T, cols[:, 0].float().square())
+    elif add_squared_products(total, rows, cols):
+        if scatter is not None:
+            add_meeting(total, rows, cols, scatter.ids, scatter.values)
     else:
-        _add_products(total, rows, cols, scatter)
+        _add_products(total, rows.float(), cols.float(), scatter)
 
 
 def _join_scatters(scatters: Sequence[Scatter]) -> Scatter:
-    return Scatter(torch.cat([s.ids for s in scatters], dim=1), _join([s.values for s in scatters]))
+    values = _join([s.values for s in scatters]).float()
+    return Scatter(torch.cat([s.ids for s in scatters], dim=1), values)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
     """Join along the tokens; one part alone, which can be `[b, t, v]`, is not copied."""
-    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)).float()
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _add_scatter(total_vd: Tensor, scatter: Scatter) -> None:

@@ -6,14 +6,17 @@ it when it is imported, and nothing else may see it.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
-from fisher_mergekit.measure import kernels
+from fisher_mergekit.measure import contributions, kernels
+from fisher_mergekit.measure.contributions import Product, Scatter, Segments, add_squares
 from fisher_mergekit.measure.kernels import launch, steps
 from fisher_mergekit.measure.kernels.launch import Tile
-from fisher_mergekit.measure.kernels.steps import Segments
+from fisher_mergekit.measure.kernels.steps import Spans
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(16, 32, 1, 1)
@@ -30,14 +33,13 @@ def dense(rows_bto: Tensor, cols_bti: Tensor) -> Tensor:
     return gradients.square().sum(0)
 
 
-def by_segment(shape: tuple[int, ...], rows, cols, offsets, bounds) -> Tensor:
+def by_segment(experts: int, rows: Tensor, cols: Tensor, offsets: list[int]) -> Tensor:
     """One expert and one segment after the other, float64."""
-    total = torch.zeros(shape, dtype=torch.float64)
-    for expert in range(shape[0]):
-        for segment in range(bounds[expert], bounds[expert + 1]):
-            tokens = slice(offsets[segment], offsets[segment + 1])
-            total[expert] += (rows[tokens].double().T @ cols[tokens].double()).square()
-    return total
+    squares = [
+        (rows[start:stop].double().T @ cols[start:stop].double()).square()
+        for start, stop in pairwise(offsets)
+    ]
+    return torch.stack(squares).unflatten(0, (experts, -1)).sum(1)
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -46,13 +48,13 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert error < 1e-5, error
 
 
-def run_small(total: Tensor, rows: Tensor, cols: Tensor, segments: Segments, size: int) -> None:
+def run_small(total: Tensor, rows: Tensor, cols: Tensor, segments: Spans, size: int) -> None:
     """Small tiles, so that small shapes have many of them."""
     cuts = steps.cut(segments, size, rows.stride(-2), cols.stride(-2), 1, rows.device)
     launch.launch(total, rows, cols, cuts, size, SMALL)
 
 
-def batch_segments(rows: Tensor, cols: Tensor, lengths: tuple[int, ...]) -> Segments:
+def batch_segments(rows: Tensor, cols: Tensor, lengths: tuple[int, ...]) -> Spans:
     return steps.of_batch(lengths, rows.stride()[:2], cols.stride()[:2])
 
 
@@ -104,16 +106,14 @@ def test_views_are_not_copied():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments_of_experts(dtype):
-    """Tokens sorted by expert and example; experts without tokens, segments without tokens."""
-    offsets = torch.tensor([0, 3, 3, 20, 21, 60])
-    bounds = torch.tensor([0, 0, 2, 4, 4, 5])
+    """Rows sorted by expert and example; experts and segments without rows."""
+    offsets = [0, 0, 0, 3, 20, 20, 20, 21, 60]
     rows, cols = torch.randn(60, 21).to(dtype), torch.randn(60, 40).to(dtype)
-    total = torch.zeros(5, 21, 40)
-    run_small(total, rows, cols, steps.of_tokens(rows, cols, offsets, bounds), 16)
-    expected = by_segment((5, 21, 40), rows, cols, offsets, bounds)
-    assert_near(total, expected)
+    total = torch.zeros(4, 40, 21).mT
+    run_small(total, rows, cols, steps.of_rows(offsets, 4, 21, 40), 16)
+    assert_near(total, by_segment(4, rows, cols, offsets))
     assert not total[0].any()
-    assert not total[3].any()
+    assert not total[2].any()
 
 
 def test_dispatcher_tries_tiles_and_shares_examples_out(monkeypatch):
@@ -141,20 +141,32 @@ def test_dispatcher_tries_tiles_and_shares_examples_out(monkeypatch):
     assert len(used) == 1
 
 
-def test_dispatcher_takes_experts_and_mixed_dtypes():
-    offsets, bounds = torch.tensor([0, 30, 31, 50]), torch.tensor([0, 2, 3])
-    rows, cols = torch.randn(50, 24).bfloat16(), torch.randn(50, 80)
-    total = torch.zeros(2, 24, 80)
-    assert kernels.add_squared_segments(total, rows, cols, offsets, bounds)
-    assert_near(total, by_segment((2, 24, 80), rows, cols, offsets, bounds))
+def test_contributions_of_all_sorts_go_this_way(monkeypatch):
+    """Uses of one matrix as it is multiplied by and looked up in, and packed experts."""
+    rows, cols = torch.randn(3, 9, 70).bfloat16(), torch.randn(3, 9, 64).bfloat16()
+    more_rows, more_cols = torch.randn(3, 2, 70), torch.randn(3, 2, 64)
+    ids, values = torch.randint(5, (3, 4)), torch.randn(3, 4, 64)
+    monkeypatch.setattr(contributions, "_add_products", None)
+    total = torch.zeros(70, 64)
+    uses = [Product(rows, cols), Product(more_rows, more_cols), Scatter(ids, values)]
+    add_squares(total, uses)
+    every_row = torch.cat([rows, more_rows, torch.nn.functional.one_hot(ids, 70)], 1)
+    assert_near(total, dense(every_row, torch.cat([cols, more_cols, values], 1)))
+
+    offsets = [0, 30, 31, 50, 50]
+    monkeypatch.setattr(contributions, "_add_segments", None)
+    rows, cols = torch.randn(50, 64).bfloat16(), torch.randn(50, 80)
+    total = torch.zeros(2, 64, 80)
+    add_squares(total, [Segments(rows, cols, offsets)])
+    assert_near(total, by_segment(2, rows, cols, offsets))
+    assert not kernels._broken
 
 
 def test_nothing_to_add():
-    total = torch.rand(2, 16, 16)
+    total = torch.rand(2, 64, 64)
     start = total.clone()
-    empty = torch.zeros(0, 16)
-    offsets, bounds = torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 3])
-    assert kernels.add_squared_segments(total, empty, empty, offsets, bounds)
+    empty = torch.zeros(0, 64)
+    assert kernels.add_squared_segments(total, empty, empty, [0, 0, 0])
     assert torch.equal(total, start)
 
 
@@ -208,6 +220,5 @@ def test_a_compiler_that_fails_is_said_once_and_torch_takes_over(monkeypatch, ca
     assert_near(total, 2 * dense(rows, cols))
     (record,) = caplog.records
     assert "Failed to find C compiler" in record.message
-    assert not kernels.add_squared_segments(
-        total[None], rows[0], cols[0], torch.tensor([0, 20]), torch.tensor([0, 1])
-    )
+    assert kernels.add_squared_segments(total[None], rows[0], cols[0], [0, 20])
+    assert_near(total, 2 * dense(rows, cols) + dense(rows[:1], cols[:1]))

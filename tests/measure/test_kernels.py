@@ -109,8 +109,7 @@ def test_a_cpu_keeps_its_own_way():
     total = torch.zeros(64, 64)
     rows, cols = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
     assert not kernels.add_squared_products(total, rows, cols)
-    offsets, bounds = torch.tensor([0, 3]), torch.tensor([0, 1])
-    assert not kernels.add_squared_segments(total[None], rows[0], cols[0], offsets, bounds)
+    assert not kernels.add_squared_segments(total[None], rows[0], cols[0], [0, 3])
     assert not total.any()
 
 

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fisher_mergekit.measure.kernels.batched import add_squares_batched
-
-if TYPE_CHECKING:
-    from fisher_mergekit.measure.kernels.steps import Segments
+from fisher_mergekit.measure.kernels.batched import add_squares_batched, add_squares_in_turn
+from fisher_mergekit.measure.kernels.steps import Spans, of_batch, of_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -53,43 +51,34 @@ def add_squared_products(
     if not (total_oi.is_cuda or is_interpreted()):
         return False
     rows, cols = _one_dtype(rows_bto, cols_bti)
-    if min(total_oi.shape) >= SMALLEST and _has_kernel(total_oi[None], rows, cols):
-        from fisher_mergekit.measure.kernels import steps
-
-        tokens = (rows.shape[1],) * len(rows) if lengths is None else tuple(lengths)
-        segments = steps.of_batch(tokens, rows.stride()[:2], cols.stride()[:2])
-        if _try_kernel(total_oi[None], rows, cols, lambda: segments):
-            return True
-    add_squares_batched(total_oi, rows, cols)
+    tokens = (rows.shape[1],) * len(rows) if lengths is None else tuple(lengths)
+    spans = of_batch(tokens, rows.stride()[:2], cols.stride()[:2])
+    if not _try_kernel(total_oi[None], rows, cols, spans):
+        add_squares_batched(total_oi, rows, cols)
     return True
 
 
 def add_squared_segments(
-    total_eoi: Tensor, rows_no: Tensor, cols_ni: Tensor, offsets: Tensor, bounds: Tensor
+    total_eoi: Tensor, rows_no: Tensor, cols_ni: Tensor, offsets: Sequence[int]
 ) -> bool:
-    """Add each expert's Σ_s (Σ_t rows_to cols_ti)² to its matrix, if the kernel can do it.
+    """Add each expert's Σ_b (Σ_n rows_no cols_ni)² to its matrix, in place, on a GPU.
 
     Args:
         total_eoi: float32 accumulator, a matrix an expert; any strides.
-        rows_no: tokens sorted by expert, then by example.
+        rows_no: sorted by expert, then by example.
         cols_ni: likewise.
-        offsets: `[s + 1]` integers: segment s, one example at one expert, has the tokens from
-            `offsets[s]` to `offsets[s + 1]`. It may be empty.
-        bounds: `[e + 1]` integers: expert e has the segments from `bounds[e]` to `bounds[e + 1]`.
+        offsets: expert e and example b of B have those from `offsets[e * B + b]` to the next.
 
     Returns:
-        Whether it was done; if not, nothing was added.
+        Whether it was done; as of `add_squared_products`.
     """
-    rows, cols = _one_dtype(rows_no, cols_ni)
-    if not _has_kernel(total_eoi, rows, cols):
+    if not (total_eoi.is_cuda or is_interpreted()):
         return False
-
-    def segments() -> Segments:
-        from fisher_mergekit.measure.kernels import steps
-
-        return steps.of_tokens(rows, cols, offsets, bounds)
-
-    return _try_kernel(total_eoi, rows, cols, segments)
+    rows, cols = _one_dtype(rows_no, cols_ni)
+    spans = of_rows(offsets, len(total_eoi), rows.stride(0), cols.stride(0))
+    if not _try_kernel(total_eoi, rows, cols, spans):
+        add_squares_in_turn(total_eoi, rows, cols, spans)
+    return True
 
 
 def _has_kernel(total: Tensor, rows: Tensor, cols: Tensor) -> bool:
@@ -99,22 +88,22 @@ def _has_kernel(total: Tensor, rows: Tensor, cols: Tensor) -> bool:
     is_near = all(stride < 2**23 for x in (total, rows, cols) for stride in x.stride()[-2:])
     return (
         not _broken
-        and (total.is_cuda or is_interpreted())
-        and find_spec("triton") is not None
+        and min(total.shape[1:]) >= SMALLEST
+        and _has_triton()
         and total.dtype == torch.float32
         and rows.dtype in dtypes
         and is_near
     )
 
 
-def _try_kernel(
-    total: Tensor, rows: Tensor, cols: Tensor, segments: Callable[[], Segments]
-) -> bool:
+def _try_kernel(total: Tensor, rows: Tensor, cols: Tensor, spans: Spans) -> bool:
     """Run the kernel; if it cannot be run, nothing has been added, and it is never tried again."""
+    if not _has_kernel(total, rows, cols):
+        return False
     try:
         from fisher_mergekit.measure.kernels import launch
 
-        launch.add_squares(total, rows, cols, segments())
+        launch.add_squares(total, rows, cols, spans)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or a driver may raise
@@ -122,6 +111,11 @@ def _try_kernel(
         LOG.warning("The Triton kernel is not used, torch takes over: %s", _broken[0])
         return False
     return True
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def is_interpreted() -> bool:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fisher_mergekit.measure.kernels import is_interpreted
-from fisher_mergekit.measure.kernels.steps import Segments, Steps, cut
+from fisher_mergekit.measure.kernels.batched import add_squares_in_turn
+from fisher_mergekit.measure.kernels.steps import Spans, Steps, cut
 from fisher_mergekit.measure.kernels.triton_kernel import squares_kernel
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ BAND = 8
 
 TRIAL_SEGMENTS = 256
 TRIAL_WIDTH = 4000
-"""A trial is a product of at most so many segments, rows and columns; 4000 has ragged edges."""
+"""A trial is a product of at most so many spans, rows and columns; 4000 has ragged edges."""
 
 TOLERANCE = 1e-4
 """Relative error of a trial above which a tile is wrong; rounding is near 1e-6."""
@@ -78,24 +79,24 @@ class KernelError(Exception):
     """No tile compiles, runs, and gives what plain torch gives."""
 
 
-def add_squares(total: Tensor, rows: Tensor, cols: Tensor, segments: Segments) -> None:
+def add_squares(total: Tensor, rows: Tensor, cols: Tensor, spans: Spans) -> None:
     """Add Σ_s (Σ_t rows_to cols_ti)² of each group's segments to its matrix, in place.
 
     Args:
         total: float32 `[e, out, width]`, any strides.
         rows: `[…, t, out]` of a dtype in `TILES`, any strides.
         cols: `[…, t, width]`, likewise.
-        segments: of tokens, in `e` groups.
+        spans: the segments, in `e` groups.
 
     Raises:
         KernelError: no tile works here.
     """
-    if not segments.lengths.any():
+    if not spans.lengths.any():
         return
-    size = step_size(rows.dtype, segments.mean_length())
-    tile = _fastest_tile(total, rows, cols, segments, size)
-    parts = _parts(total, segments)
-    steps = _steps(rows, cols, segments, size, parts)
+    size = step_size(rows.dtype, spans.mean_length())
+    tile = _fastest_tile(total, rows, cols, spans, size)
+    parts = _parts(total, spans)
+    steps = _steps(rows, cols, spans, size, parts)
     if steps.groups == len(total):
         launch(total, rows, cols, steps, size, tile)
         return
@@ -141,18 +142,18 @@ def launch(total: Tensor, rows: Tensor, cols: Tensor, steps: Steps, size: int, t
         )
 
 
-def _steps(rows: Tensor, cols: Tensor, segments: Segments, size: int, parts: int) -> Steps:
-    return cut(segments, size, rows.stride(-2), cols.stride(-2), parts, rows.device)
+def _steps(rows: Tensor, cols: Tensor, spans: Spans, size: int, parts: int) -> Steps:
+    return cut(spans, size, rows.stride(-2), cols.stride(-2), parts, rows.device)
 
 
-def _parts(total: Tensor, segments: Segments) -> int:
+def _parts(total: Tensor, spans: Spans) -> int:
     """Return among how many programs a tile's examples are shared: 1 if the device is full."""
     groups, out, width = total.shape
     processors = 4 if is_interpreted() else _processors(total.device)
     tiles = math.ceil(out / 128) * math.ceil(width / 128)
     if groups > 1 or tiles >= processors:
         return 1
-    return min(len(segments.lengths), math.ceil(2 * processors / tiles))
+    return min(len(spans.lengths), math.ceil(2 * processors / tiles))
 
 
 def _processors(device: torch.device) -> int:
@@ -160,8 +161,8 @@ def _processors(device: torch.device) -> int:
     return count
 
 
-def _fastest_tile(total: Tensor, rows: Tensor, cols: Tensor, segments: Segments, size: int) -> Tile:
-    length = segments.mean_length()
+def _fastest_tile(total: Tensor, rows: Tensor, cols: Tensor, spans: Spans, size: int) -> Tile:
+    length = spans.mean_length()
     key = (
         rows.device,
         rows.dtype,
@@ -173,19 +174,19 @@ def _fastest_tile(total: Tensor, rows: Tensor, cols: Tensor, segments: Segments,
         *(x.stride(-1) == 1 for x in (total, rows, cols)),
     )
     if key not in _fastest:
-        _fastest[key] = _try_tiles(total, rows, cols, segments, size)
+        _fastest[key] = _try_tiles(total, rows, cols, spans, size)
     return _fastest[key]
 
 
-def _try_tiles(total: Tensor, rows: Tensor, cols: Tensor, segments: Segments, size: int) -> Tile:
+def _try_tiles(total: Tensor, rows: Tensor, cols: Tensor, spans: Spans, size: int) -> Tile:
     """Time all tiles on a part of the product; check each against plain torch."""
-    segments = segments.trial(TRIAL_SEGMENTS)
+    spans = spans.trial(TRIAL_SEGMENTS)
     rows, cols = rows[..., :TRIAL_WIDTH], cols[..., :TRIAL_WIDTH]
-    steps = _steps(rows, cols, segments, size, parts=1)
+    steps = _steps(rows, cols, spans, size, parts=1)
     trial = torch.zeros(1, rows.shape[-1], cols.shape[-1], device=total.device)
     corner = trial[:, -128:, -128:]
     expected = torch.zeros_like(corner)
-    add_squares_by_torch(expected, rows[..., -128:], cols[..., -128:], segments)
+    add_squares_in_turn(expected, rows[..., -128:], cols[..., -128:], spans, torch.float64)
 
     times: dict[Tile, float] = {}
     reference: Tensor | None = None
@@ -230,18 +231,3 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def add_squares_by_torch(total: Tensor, rows: Tensor, cols: Tensor, segments: Segments) -> None:
-    """What `add_squares` does, by one plain product a segment: slow and obvious."""
-    origins = rows.storage_offset(), cols.storage_offset()
-    for group, matrix in enumerate(total):
-        for segment in range(*segments.bounds[group : group + 2].tolist()):
-            length = int(segments.lengths[segment])
-            row_to, col_ti = (
-                x.as_strided((length, x.shape[-1]), x.stride()[-2:], origin + int(starts[segment]))
-                for x, origin, starts in zip(
-                    (rows, cols), origins, (segments.row_starts, segments.col_starts), strict=True
-                )
-            )
-            matrix += (row_to.T.double() @ col_ti.double()).square().float()

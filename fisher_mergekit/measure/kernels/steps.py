@@ -1,4 +1,4 @@
-"""Segments of tokens, cut into the steps that the kernel takes.
+"""Spans of tokens, cut into the steps that the kernel takes.
 
 A segment is told by where its tokens begin, in elements of `rows` and `cols`, and by its length; so
 padded examples, views of them, and sorted flat tokens are all the same. The tables are made on the
@@ -7,6 +7,7 @@ CPU, where lengths are known, and copied to the device in one piece.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: `cut` remembers them
-class Segments:
-    """Runs of tokens whose gradients are squared whole, in groups of consecutive ones.
+class Spans:
+    """Where the segments are: runs of tokens whose gradients are squared whole, in groups.
 
     Attributes:
         row_starts: int64 `[s]` on the CPU: the element of `rows` where segment s begins.
@@ -34,10 +35,10 @@ class Segments:
         """Tokens of a segment that is not empty, on average."""
         return float(self.lengths.sum()) / max(1, int(self.lengths.count_nonzero()))
 
-    def trial(self, count: int) -> Segments:
+    def trial(self, count: int) -> Spans:
         """Return up to `count` segments that are not empty, as one group."""
         chosen = self.lengths.nonzero()[:count, 0]
-        return Segments(
+        return Spans(
             self.row_starts[chosen],
             self.col_starts[chosen],
             self.lengths[chosen],
@@ -87,10 +88,10 @@ class Steps:
 @lru_cache(maxsize=64)
 def of_batch(
     lengths: tuple[int, ...], row_strides: tuple[int, ...], col_strides: tuple[int, ...]
-) -> Segments:
+) -> Spans:
     """One group, one segment an example `[b, t, ·]`; tokens beyond its length are not looked at."""
     number = torch.arange(len(lengths))
-    return Segments(
+    return Spans(
         number * row_strides[0],
         number * col_strides[0],
         torch.tensor(lengths, dtype=torch.long),
@@ -98,16 +99,20 @@ def of_batch(
     )
 
 
-def of_tokens(rows_no: Tensor, cols_ni: Tensor, offsets: Tensor, bounds: Tensor) -> Segments:
-    """Sorted flat tokens: segment s has those from `offsets[s]` to `offsets[s + 1]`."""
-    offsets, bounds = offsets.long().cpu(), bounds.long().cpu()
-    starts = offsets[:-1]
-    return Segments(starts * rows_no.stride(0), starts * cols_ni.stride(0), offsets.diff(), bounds)
+def of_rows(offsets: Sequence[int], groups: int, row_stride: int, col_stride: int) -> Spans:
+    """Rows after each other: segment s has those from `offsets[s]` to `offsets[s + 1]`.
+
+    Every group has the same number of segments; strides are from row to row, in elements.
+    """
+    edges = torch.tensor(offsets, dtype=torch.long)
+    starts, each = edges[:-1], (len(edges) - 1) // groups
+    bounds = torch.arange(groups + 1) * each
+    return Spans(starts * row_stride, starts * col_stride, edges.diff(), bounds)
 
 
 @lru_cache(maxsize=64)
 def cut(
-    segments: Segments,
+    spans: Spans,
     size: int,
     row_stride: int,
     col_stride: int,
@@ -117,27 +122,27 @@ def cut(
     """Cut segments into steps. Most layers of a model ask for the same ones: they are remembered.
 
     Args:
-        segments: to cut.
+        spans: the segments to cut.
         size: tokens of a step, at most.
         row_stride: of `rows`, from token to token, in elements.
         col_stride: of `cols`.
         parts: if more than 1, split the one group that there is into up to so many.
         device: of the tables.
     """
-    pieces = (segments.lengths + size - 1) // size
+    pieces = (spans.lengths + size - 1) // size
     ends = pieces.cumsum(0)
     segment = torch.arange(len(pieces)).repeat_interleave(pieces)
     # The tokens of its segment that come before a step.
     before = (torch.arange(len(segment)) - (ends - pieces)[segment]) * size
-    counts = (segments.lengths[segment] - before).clamp(max=size)
-    is_last = before + counts == segments.lengths[segment]
+    counts = (spans.lengths[segment] - before).clamp(max=size)
+    is_last = before + counts == spans.lengths[segment]
     starts = torch.stack(
         [
-            segments.row_starts[segment] + before * row_stride,
-            segments.col_starts[segment] + before * col_stride,
+            spans.row_starts[segment] + before * row_stride,
+            spans.col_starts[segment] + before * col_stride,
         ]
     )
     unit = 1 if (starts % 16).any() else 16
-    bounds = torch.cat([torch.zeros(1, dtype=torch.long), ends])[segments.bounds]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), ends])[spans.bounds]
     steps = Steps(starts // unit, torch.where(is_last, -counts, counts), bounds, unit)
     return (steps.split(parts) if parts > 1 else steps).to(device)
