@@ -173,7 +173,7 @@ class TestBadInput:
                     "label2id": {"only": 0},
                     "problem_type": "single_label_classification",
                 },
-                "or use `problem_type="regression"`",
+                'or use `problem_type="regression"`',
             ),
             ({"problem_type": "ranking"}, "no likelihood is known for"),
             ({"hidden_size": -8}, "describes no BertForSequenceClassification"),
