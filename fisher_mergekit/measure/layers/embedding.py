@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Scatter
-from fisher_mergekit.measure.layers.base import OneInput
+from fisher_mergekit.measure.layers.base import OneInput, Unfit
 
 
 class Embedding(OneInput):
@@ -24,6 +24,8 @@ class Embedding(OneInput):
     def backward(
         self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
+        if x.is_floating_point():  # BART's positions are given the words' vectors, and count them
+            raise Unfit("its input is no ids")
         values = gradient.float()
         if type(module).forward is not nn.Embedding.forward:
             values = values * getattr(module, "embed_scale", 1.0)
