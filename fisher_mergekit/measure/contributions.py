@@ -29,8 +29,9 @@ from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.kernels import add_squared_products, add_squared_segments
 from fisher_mergekit.measure.kernels.lookups import add_meeting
 
-CACHE_ELEMENTS = 64 * 1024
-"""Elements of a block of the accumulator: 256 KiB, so that it and the buffer stay in cache."""
+BLOCK_ELEMENTS = 1024 * 1024
+"""Elements of a block of the accumulator, 4 MiB. It and an equal buffer should stay in the last
+cache; but a matrix product arranges all of `cols` anew for each block, so few blocks are fast."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _add_products(
 ) -> None:
     """One product an example and block of rows; a block of `total_oi` stays in cache for all b."""
     out, width = total_oi.shape
-    height = max(1, min(out, CACHE_ELEMENTS // width))
+    height = max(1, min(out, BLOCK_ELEMENTS // width))
     buffer = total_oi.new_empty(height, width)
     starts = range(0, out, height)
     lookup = None if scatter is None else _SortedRows(scatter, starts, out)
@@ -175,7 +176,7 @@ def _add_segments(total_eoi: Tensor, segments: Segments) -> None:
     """One product a segment and block of rows; a block of an expert stays in cache for all b."""
     experts, out, width = total_eoi.shape
     examples = (len(segments.offsets) - 1) // experts
-    height = max(1, min(out, CACHE_ELEMENTS // width))
+    height = max(1, min(out, BLOCK_ELEMENTS // width))
     buffer = total_eoi.new_empty(height, width)
     for expert in range(experts):
         edges = segments.offsets[expert * examples : (expert + 1) * examples + 1]

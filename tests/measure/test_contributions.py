@@ -60,7 +60,7 @@ def test_uses_of_a_matrix_meet_before_the_square(
             ids = torch.randint(rows, (examples, length))
             uses.append(Scatter(ids, torch.randn(examples, length, width).to(dtype)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contributions, "CACHE_ELEMENTS", block)
+        patch.setattr(contributions, "BLOCK_ELEMENTS", block)
         check(uses, (rows, width))
 
 
@@ -74,17 +74,18 @@ def test_uses_of_a_vector_meet_before_the_square(examples, shape, uses):
     check([Vector(torch.randn(examples, *shape)) for _ in range(uses)], shape)
 
 
-@pytest.mark.parametrize("rows", [127, 128, 129, 300])
-def test_blocks_cover_every_row_once(rows):
-    """At width 512 a block holds 128 rows."""
+@pytest.mark.parametrize("more", [-1, 0, 1, 300])
+def test_blocks_cover_every_row_once(more):
+    """A matrix of one block, and of a few rows more or fewer."""
     torch.manual_seed(0)
-    assert contributions.CACHE_ELEMENTS // 512 == 128
+    height = contributions.BLOCK_ELEMENTS // 4096
+    rows = height + more
     tied = [
-        Product(torch.randn(2, 6, rows), torch.randn(2, 6, 512)),
-        Scatter(torch.tensor([[0, rows - 1, 126], [0, 0, 0]]), torch.randn(2, 3, 512)),
+        Product(torch.randn(2, 6, rows), torch.randn(2, 6, 4096)),
+        Scatter(torch.tensor([[0, rows - 1, height - 2], [0, 0, 0]]), torch.randn(2, 3, 4096)),
     ]
-    check(tied, (rows, 512))
-    check(tied[:1], (rows, 512))
+    check(tied, (rows, 4096))
+    check(tied[:1], (rows, 4096))
 
 
 def test_a_token_that_occurs_twice_counts_as_one_gradient():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Vector
@@ -27,14 +26,15 @@ class LayerNorm(OneInput):
     def backward(
         self, module: Any, x: Tensor, gradient: Tensor
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
-        # x̂ is needed for the weight and for the input alike: it is computed again, once for both.
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-            (x_gradient,) = torch.autograd.grad(normal, x, gradient * module.weight)
+        # x̂ is computed again, which is cheaper than to keep it; its statistics serve both uses.
+        shape = list(module.normalized_shape)
+        normal, *statistics = torch.native_layer_norm(x, shape, None, None, module.eps)
+        x_gradient = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, shape, *statistics, module.weight, module.bias, [True, False, False]
+        )[0]
         scores = tokens(gradient).float()
         contributions: dict[str, Contribution] = {
-            "weight": Vector((scores * tokens(normal.detach())).sum(1))
+            "weight": Vector((tokens(normal).float() * scores).sum(1))
         }
         if module.bias is not None:
             contributions["bias"] = Vector(scores.sum(1))
