@@ -20,6 +20,7 @@ from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.causal_lm import next_tokens
 from fisher_mergekit.measure.session import Session
+from fisher_mergekit.measure.units import unit_for
 
 PAD = 0
 
@@ -118,7 +119,9 @@ def ragged_texts(count: int = 7, *, prompt: bool = False, seed: int = 3) -> list
     ]
 
 
-def session_for(model: nn.Module, estimator: str = "exact", *, seed: int = 0) -> Session:
+def session_for(
+    model: nn.Module, estimator: str = "exact", *, seed: int = 0, unit: str = "sequence"
+) -> Session:
     """Return a session; a model that is not from transformers is measured as a classifier."""
     known = isinstance(model, transformers.PreTrainedModel)
     head = (type(model).__name__, model.config) if known else ("ForSequenceClassification",)
@@ -129,6 +132,7 @@ def session_for(model: nn.Module, estimator: str = "exact", *, seed: int = 0) ->
         seed=seed,
         pad_token_id=PAD,
         device=torch.device("cpu"),
+        unit=unit_for(unit),
     )
 
 
@@ -139,6 +143,7 @@ def measured(
     *,
     batch_size: int = 16,
     seed: int = 0,
+    unit: str = "sequence",
     fast: bool = True,
 ) -> dict[str, Tensor]:
     """Measure a model; return its Fisher by parameter name.
@@ -146,7 +151,7 @@ def measured(
     Args:
         fast: assert that no parameter fell back to the loop over single examples.
     """
-    session = session_for(model, estimator, seed=seed)
+    session = session_for(model, estimator, seed=seed, unit=unit)
     totals = session.run(examples, batch_size)
     if fast:
         assert session.loose == ()
