@@ -262,7 +262,7 @@ HEADS = {
         _MULTI_LABEL,
     ),
     "multiple choice": Head(
-        "BertForMultipleChoice", _BERT, choices, one_of, each_class, fast=False
+        "BertForMultipleChoice", _BERT, choices, one_of, each_class
     ),
     "next sentence": Head(
         "BertForNextSentencePrediction", _BERT, with_outcome(_class), one_of, each_class
@@ -280,18 +280,18 @@ HEADS = {
         translations, at_positions, None, fast=False,
     ),
     "translation of BART": Head(
-        "BartForConditionalGeneration", _BART, translations, at_positions, None, fast=False
+        "BartForConditionalGeneration", _BART, translations, at_positions, None
     ),
     "speech": Head(
-        "WhisperForConditionalGeneration", _WHISPER, sounds, at_positions, None, fast=False
+        "WhisperForConditionalGeneration", _WHISPER, sounds, at_positions, None
     ),
     "pictures": Head(
         "ViTForImageClassification", FAMILIES["vit"][1], pictures, one_of, each_class,
-        {"num_labels": 3}, fast=False,
+        {"num_labels": 3},
     ),
     "several labels of pictures": Head(
         "ViTForImageClassification", FAMILIES["vit"][1],
         lambda: [Example(e.number, e.inputs, outcome=torch.ones(3)) for e in pictures()],
-        coins, each_toss, _MULTI_LABEL, fast=False,
+        coins, each_toss, _MULTI_LABEL,
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -27,6 +27,21 @@ _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = tuple[dict[str, Tensor], Tensor | None, Tensor | None]
 """An example's `inputs`, `scored` and `outcome`."""
+
+
+class Reading(NamedTuple):
+    """What a row says, read by the model's tokenizer or image processor.
+
+    Attributes:
+        inputs: the model's, `[1, …]` each.
+        prompt: how many leading tokens are prompt.
+        special: `[t]`, which tokens are no words: those that the tokenizer adds, or calls special,
+            but for unknown words; nothing of a picture.
+    """
+
+    inputs: dict[str, Tensor]
+    prompt: int
+    special: Tensor
 
 
 class Head(Protocol):
@@ -66,10 +81,11 @@ class Encoder:
                 return int(token)
         return 0
 
-    def read(self, row: Row) -> tuple[dict[str, Tensor], int]:
-        """Return the inputs of a text, pair, chat or picture, and how many tokens are prompt."""
+    def read(self, row: Row) -> Reading:
+        """Return what a text, pair, chat or picture says."""
         if row.image is not None:
-            return {"pixel_values": pixels(row.image, self.processor, self.config)}, 0
+            values = pixels(row.image, self.processor, self.config)
+            return Reading({"pixel_values": values}, 0, torch.zeros(0, dtype=torch.bool))
         if row.messages is not None:
             return self._chat(row.messages)
         if isinstance(row.text, list):
@@ -82,7 +98,7 @@ class Encoder:
         first, second = row.text if isinstance(row.text, tuple) else (row.text, None)
         encoded = self.tokens(first, second)
         prompt = self._prompt(encoded, second) if self.calibration.mask_prompt else 0
-        return self.tensors(encoded), prompt
+        return self._reading(encoded, prompt)
 
     def tokens(self, first: Any = None, second: Any = None, **options: Any) -> Any:
         """Tokenise a text or pair, cut to the longest that is read.
@@ -91,7 +107,12 @@ class Encoder:
             CalibrationError: there is nothing in it, or the tokenizer cannot do it.
             CheckpointError: the tokenizer knows tokens that the model does not.
         """
-        options = {"truncation": True, "max_length": self.length, **options}
+        options = {
+            "truncation": True,
+            "max_length": self.length,
+            "return_special_tokens_mask": True,
+            **options,
+        }
         try:
             encoded = self.tokenizer(first, second, **options)
         except Exception as error:  # Rust panics, assertions, whatever it stumbles over
@@ -117,6 +138,13 @@ class Encoder:
             inputs.pop("token_type_ids", None)
         return inputs
 
+    def _reading(self, encoded: Any, prompt: int = 0) -> Reading:
+        known = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        ids = torch.tensor(encoded["input_ids"])
+        added = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
+        special = added | torch.isin(ids, torch.tensor([*known], dtype=torch.long))
+        return Reading(self.tensors(encoded), prompt, special)
+
     def _prompt(self, encoded: Any, second: str | None) -> int:
         """Return where the second of a pair begins."""
         if second is None:
@@ -132,7 +160,7 @@ class Encoder:
         sequence = encoded.sequence_ids(0)
         return next((i for i, part in enumerate(sequence) if part == 1), len(sequence))
 
-    def _chat(self, messages: Any) -> tuple[dict[str, Tensor], int]:
+    def _chat(self, messages: Any) -> Reading:
         """Render a chat; its prompt is everything before the last message."""
         if not self.tokenizer.chat_template:
             raise CalibrationError(
@@ -141,9 +169,8 @@ class Encoder:
         whole = self._render(messages)
         is_fast = self.tokenizer.is_fast
         encoded = self.tokens(whole, add_special_tokens=False, return_offsets_mapping=is_fast)
-        inputs = self.tensors(encoded)
         if not self.calibration.mask_prompt or len(messages) < 2:
-            return inputs, 0
+            return self._reading(encoded)
         before = self._render(messages[:-1], add_generation_prompt=True)
         if not whole.startswith(before):
             raise CalibrationError(
@@ -151,9 +178,10 @@ class Encoder:
                 "cannot be masked."
             )
         if is_fast:
-            return inputs, sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
-        prompt = len(self.tokenizer(before, add_special_tokens=False)["input_ids"])
-        return inputs, min(prompt, len(encoded["input_ids"]))
+            prompt = sum(stop <= len(before) for _, stop in encoded["offset_mapping"])
+        else:
+            prompt = len(self.tokenizer(before, add_special_tokens=False)["input_ids"])
+        return self._reading(encoded, min(prompt, len(encoded["input_ids"])))
 
     def _render(self, messages: Any, **options: bool) -> str:
         try:

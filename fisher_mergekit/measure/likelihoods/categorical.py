@@ -46,7 +46,7 @@ class Categorical(OneOf, Classifier):
         return int(config.num_labels) - 1
 
     def encode(self, row: Row, encoder: Encoder) -> Encoded:
-        inputs, _ = encoder.read(row)
+        inputs = encoder.read(row).inputs
         if row.label is None:
             return inputs, None, None
         return inputs, None, torch.tensor(class_index(row.label, encoder.config))

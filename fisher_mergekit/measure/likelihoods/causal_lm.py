@@ -34,7 +34,7 @@ class CausalLM(CategoricalPositions):
         return int(config.get_text_config().vocab_size)
 
     def encode(self, row: Row, encoder: Encoder) -> Encoded:
-        inputs, prompt = encoder.read(row)
+        inputs, prompt, _ = encoder.read(row)
         return inputs, *next_tokens(inputs["input_ids"][0], prompt)
 
 

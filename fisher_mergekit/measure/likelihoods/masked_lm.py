@@ -40,13 +40,11 @@ class MaskedLM(CategoricalPositions):
                 "this model's tokenizer has no mask token; put the model's own tokenizer files "
                 "into its folder."
             )
-        inputs, prompt = encoder.read(row)
+        inputs, prompt, special = encoder.read(row)
         ids = inputs["input_ids"]
-        # An unknown word is a word.
-        kept = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
-        special = torch.isin(ids[0], torch.tensor(sorted(kept)))
-        special[:prompt] = True
-        scored = _drawn(~special, encoder.calibration.seed, row.number)
+        kept = special.clone()
+        kept[:prompt] = True
+        scored = _drawn(~kept, encoder.calibration.seed, row.number)
         return {**inputs, "input_ids": ids.masked_fill(scored, mask)}, scored, ids[0]
 
 

@@ -32,7 +32,7 @@ class MultiLabel(Classifier):
         return int(config.num_labels)
 
     def encode(self, row: Row, encoder: Encoder) -> Encoded:
-        inputs, _ = encoder.read(row)
+        inputs = encoder.read(row).inputs
         if row.label is None:
             return inputs, None, None
         return inputs, None, torch.tensor(zeros_and_ones(row.label, encoder.config))

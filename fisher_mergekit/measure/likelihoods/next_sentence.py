@@ -27,7 +27,7 @@ class NextSentence(OneOf):
     def encode(self, row: Row, encoder: Encoder) -> Encoded:
         if not isinstance(row.text, tuple):
             raise CalibrationError("this head reads a pair: `text: [FIRST, SECOND]`.")
-        inputs, _ = encoder.read(row)
+        inputs = encoder.read(row).inputs
         if row.label is None:
             return inputs, None, None
         label = whole_number(row.label)

@@ -34,7 +34,7 @@ class Regression(Classifier):
         return int(config.num_labels)
 
     def encode(self, row: Row, encoder: Encoder) -> Encoded:
-        inputs, _ = encoder.read(row)
+        inputs = encoder.read(row).inputs
         if row.label is None:
             return inputs, None, None
         return inputs, None, torch.tensor(numbers(row.label, encoder.config.num_labels))
