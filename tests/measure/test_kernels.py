@@ -42,6 +42,23 @@ def test_kernel_keeps_its_laws_in_the_interpreter():
 
 
 @pytest.mark.slow
+def test_the_benchmark_runs():
+    """It is for a GPU, which is seldom there when this code changes."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    script = HERE.parent / "benchmarks" / "gpu.py"
+    run = subprocess.run(
+        [sys.executable, script, "--smoke"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    products, models = run.stdout.split("Llama,")
+    errors = [float(error) for error in re.findall(r"\d\.\de-\d\d", products)]
+    assert len(errors) == 4
+    assert max(errors) < 1e-5
+    # Length, examples, milliseconds, ratio, and no parameter that goes a slower way.
+    assert len(re.findall(r"^ +\d+ +\d+ +[\d.]+ +[\d.]+ +0$", models, re.M)) == 2, run.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_compiles(dtype, capability, tmp_path, monkeypatch):

@@ -16,6 +16,10 @@ BUFFER_ELEMENTS = 2**26
 """Elements of the examples' gradients that are written down at a time: 256 MiB."""
 
 
+_WIDENS = torch.version.cuda is not None and "dtype" in torch.ops.aten.bmm.overloads()
+"""Whether this torch has products of half precisions with float32 results (2.8; not ROCm)."""
+
+
 def add_squares_batched(
     total_oi: Tensor, rows_bto: Tensor, cols_bti: Tensor, elements: int = BUFFER_ELEMENTS
 ) -> None:
@@ -40,7 +44,7 @@ def add_squares_batched(
 
 def _products(rows_bot: Tensor, cols_bti: Tensor) -> Tensor:
     """Return Σ_t, float32 `[b, o, i]`; a half precision is multiplied as it is where that works."""
-    if rows_bot.is_cuda and rows_bot.dtype in (torch.bfloat16, torch.float16):
+    if _WIDENS and rows_bot.is_cuda and rows_bot.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(rows_bot, cols_bti, out_dtype=torch.float32)
     return torch.bmm(rows_bot.float(), cols_bti.float())
 

@@ -206,9 +206,9 @@ def _try_tiles(total: Tensor, rows: Tensor, cols: Tensor, spans: Spans, size: in
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a driver may raise
-            failures.append(f"{tile}: {type(error).__name__}: {error}")
+            failures.append(f"{type(error).__name__}: {error}")
     if not times:
-        raise KernelError("no tile works here: " + "; ".join(failures))
+        raise KernelError("no tile works here: " + "; ".join(dict.fromkeys(failures)))
     if failures:
         LOG.debug("Tiles that do not work here: %s", "; ".join(failures))
     best = min(times, key=lambda tile: times[tile])
