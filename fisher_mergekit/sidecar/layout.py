@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ def skeleton(config: Any, architecture: str) -> nn.Module | None:
     """
     if not hasattr(transformers, architecture):
         return None
+    if isinstance(getattr(config, "dtype", None), str):
+        # mergekit writes its name into a configuration that it has loaded; some models use it.
+        config = copy(config)
+        config.dtype = getattr(torch, config.dtype)
     try:
         with torch.device("meta"):
             model: nn.Module = getattr(transformers, architecture)(config)
