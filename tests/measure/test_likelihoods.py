@@ -135,10 +135,12 @@ class TestCausalLMScores:
 
         def outcome_and_score():
             outcome = CausalLM().sample(logits, batch, 3)
-            return outcome, CausalLM().score(logits, batch, outcome)
+            score = CausalLM().score(logits, batch, outcome)
+            assert torch.equal(CausalLM().sampled_score(logits, batch, 3), score)
+            return outcome, score
 
         whole = outcome_and_score()
-        monkeypatch.setattr(positions, "CHUNK", 2)
+        monkeypatch.setattr(positions, "CHUNK_ELEMENTS", 16)
         for found, expected in zip(outcome_and_score(), whole, strict=True):
             assert torch.equal(found, expected)
 
@@ -162,6 +164,26 @@ class TestDraws:
         assert counts[1] == 0
         for count, chance in zip(counts.tolist(), p.tolist(), strict=True):
             assert abs(count - n * chance) <= 4 * math.sqrt(n * chance * (1 - chance))
+
+    @pytest.mark.parametrize("k", [256, 511, 512, 513, 1000])
+    def test_a_vocabulary_is_drawn_from_as_by_its_running_sum(self, k):
+        """Where u is in the middle between two values of the cdf, there is one right outcome."""
+        torch.manual_seed(k)
+        p = (0.1 + torch.rand(k)) * (torch.rand(k) < 0.7)  # none as small as rounding
+        p /= p.sum()
+        cdf = p.double().cumsum(0)
+        possible = p.nonzero()[:, 0]
+        middle = (cdf[possible] - p[possible] / 2) / cdf[-1]
+        assert torch.equal(inverse_cdf(p.expand(len(middle), -1), middle), possible)
+
+    @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+    @pytest.mark.parametrize("zeros", [1, 256, 300])
+    def test_the_ends_of_the_unit_interval_are_possible_in_a_vocabulary(self, uniform, zeros):
+        p = torch.rand(1, 1024)
+        p[:, :zeros] = 0.0
+        p[:, -zeros:] = 0.0
+        outcome = inverse_cdf(p / p.sum(), torch.tensor([uniform], dtype=torch.float64))
+        assert p[0, outcome] > 0
 
     @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
     def test_the_ends_of_the_unit_interval_are_possible_outcomes(self, uniform):

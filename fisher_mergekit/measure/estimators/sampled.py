@@ -20,4 +20,4 @@ def check(
 
 def starts(likelihood: Likelihood, logits: Tensor, batch: Batch, seed: int) -> Iterator[Tensor]:
     """Yield the score of one drawn outcome."""
-    yield likelihood.score(logits, batch, likelihood.sample(logits, batch, seed))
+    yield likelihood.sampled_score(logits, batch, seed)

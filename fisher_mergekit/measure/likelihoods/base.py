@@ -74,6 +74,10 @@ class Likelihood(ABC):
     def sample(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
         """Draw one outcome an example; the draw depends on the seed and the example alone."""
 
+    def sampled_score(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
+        """Return the score of what `sample` draws."""
+        return self.score(logits, batch, self.sample(logits, batch, seed))
+
     def observed(self, batch: Batch) -> Tensor:
         """Return the outcomes in the data.
 

@@ -10,6 +10,9 @@ from torch import Tensor
 # Scatters neighbouring seeds: else seed 1 would draw for example 0 what seed 0 draws for example 1.
 _MIX = 0x9E3779B97F4A7C15
 
+SPAN = 256
+"""Outcomes of a vocabulary that are looked at together first."""
+
 OUTCOMES, MASKS, SIGNS = 0, 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D
 """Streams of draws that know nothing of each other: outcomes, tokens to mask, signs."""
 
@@ -44,7 +47,27 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
         probabilities: `[n, k]`, rows that sum to one.
         uniform: `[n]` float64 in [0, 1).
     """
-    cdf = probabilities.cumsum(-1, dtype=torch.float64)
+    u = uniform.to(probabilities.device)
+    whole = probabilities.shape[1] // SPAN
+    if whole < 2:
+        return _draw(probabilities, u)[0]
+    # A vocabulary is drawn from in two steps, a span of outcomes and one of the span: the running
+    # sum of all of it in float64 would cost more than the softmax.
+    spans = probabilities[:, : whole * SPAN].unflatten(1, (whole, SPAN)).sum(2)
+    rest = probabilities[:, whole * SPAN :].sum(1, keepdim=True)
+    span, u = _draw(torch.cat([spans, rest], 1), u)
+    within = span[:, None] * SPAN + torch.arange(SPAN, device=u.device)
+    inside = within < probabilities.shape[1]
+    chosen = probabilities.gather(1, within.clamp_max(probabilities.shape[1] - 1)) * inside
+    return span * SPAN + _draw(chosen, u)[0]
+
+
+def _draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outcome, by weights `[n, k]`, and how far into it u is, again in [0, 1)."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
     # Scaled by the last value: rounding must not leave a gap above the cdf.
-    threshold = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1)
+    threshold = u[:, None] * cdf[:, -1:]
+    outcome = torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[1] - 1)
+    weight = weights.gather(1, outcome).double()
+    into = (threshold - cdf.gather(1, outcome) + weight) / weight
+    return outcome[:, 0], into[:, 0].clamp(0.0, 1 - 2.0**-52)

@@ -20,10 +20,16 @@ from torch import Tensor
 from fisher_mergekit.measure.batches import Batch, Example
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.likelihoods.draws import inverse_cdf, uniforms
-from fisher_mergekit.measure.likelihoods.softmax import covariance_columns, softmax_score
+from fisher_mergekit.measure.likelihoods.softmax import (
+    covariance_columns,
+    probabilities,
+    score_,
+    softmax_score,
+)
 
-CHUNK = 256
-"""Rows of `[b n, v]` that are held in float32 at once."""
+CHUNK_ELEMENTS = 4 * 1024 * 1024
+"""Elements of `[b n, v]` that are held in float32 at once: 16 MiB, which the C library keeps for
+the next chunk, where it gives 32 MiB back to the system."""
 
 
 class CategoricalPositions(Likelihood):
@@ -43,20 +49,24 @@ class CategoricalPositions(Likelihood):
     def score(self, logits: Tensor, batch: Batch, outcome: Tensor) -> Tensor:
         score = torch.zeros_like(logits)
         # Only scored rows, and few at once: no second [b, n, v] in float32.
-        for at in _chunks(batch):
+        for at in _chunks(batch, logits):
             score[at] = softmax_score(logits[at], outcome[at]).to(score.dtype)
         return score
 
     def sample(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
-        length = logits.shape[1]
-        # A number for each position, scored or not: what is drawn at one hangs on no other.
-        uniform = uniforms(seed, batch.numbers, length).to(logits.device)
-        outcome = torch.zeros(len(logits), length, dtype=torch.long, device=logits.device)
-        for at in _chunks(batch):
-            rows = logits[at]
-            p = rows.to(torch.promote_types(rows.dtype, torch.float32)).softmax(-1)
-            outcome[at] = inverse_cdf(p, uniform[at])
+        uniform = _uniforms(logits, batch, seed)
+        outcome = torch.zeros(uniform.shape, dtype=torch.long, device=logits.device)
+        for at in _chunks(batch, logits):
+            outcome[at] = inverse_cdf(probabilities(logits[at]), uniform[at])
         return outcome
+
+    def sampled_score(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
+        uniform = _uniforms(logits, batch, seed)
+        score = torch.zeros_like(logits)
+        for at in _chunks(batch, logits):
+            p = probabilities(logits[at])  # of a whole vocabulary: once for the draw and the score
+            score[at] = score_(p, inverse_cdf(p, uniform[at])).to(score.dtype)
+        return score
 
     def factor(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield v − 1 columns for the first scored position of every example, the second, …."""
@@ -70,9 +80,15 @@ class CategoricalPositions(Likelihood):
                 yield start
 
 
-def _chunks(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+def _uniforms(logits: Tensor, batch: Batch, seed: int) -> Tensor:
+    """Return a number for each position, scored or not: a draw at one hangs on no other."""
+    return uniforms(seed, batch.numbers, logits.shape[1]).to(logits.device)
+
+
+def _chunks(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the (example, position) of all scored rows, some at a time."""
     assert batch.scored is not None
     examples, positions = batch.scored.nonzero(as_tuple=True)
-    for start in range(0, len(examples), CHUNK):
-        yield examples[start : start + CHUNK], positions[start : start + CHUNK]
+    count = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    for start in range(0, len(examples), count):
+        yield examples[start : start + count], positions[start : start + count]

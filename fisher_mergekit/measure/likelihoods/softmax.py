@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Return softmax(logits), float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
 def softmax_score(logits: Tensor, outcome: Tensor) -> Tensor:
-    """Return ∂ log softmax(logits)[outcome] / ∂ logits = e_outcome − p, float32 or better.
+    """Return ∂ log softmax(logits)[outcome] / ∂ logits, float32 or better.
 
     Args:
         logits: `[…, c]`.
         outcome: `[…]` class indices.
     """
-    score = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).neg_()
-    return score.scatter_add_(-1, outcome[..., None], torch.ones_like(score[..., :1]))
+    return score_(probabilities(logits), outcome)
+
+
+def score_(p: Tensor, outcome: Tensor) -> Tensor:
+    """Make probabilities `[…, c]` the score e_outcome − p, in place."""
+    return p.neg_().scatter_add_(-1, outcome[..., None], torch.ones_like(p[..., :1]))
 
 
 def covariance_columns(logits: Tensor) -> Iterator[Tensor]:
