@@ -41,12 +41,12 @@ def demo(
     """
     apply_common_options(verbosity, quiet, num_threads)
     # Imported here: the sentence above must not wait for torch.
-    from fisher_mergekit.study.demo import Clock, Settings, recipe, run
+    from fisher_mergekit.study.demo import Clock, DemoSettings, recipe, run
     from fisher_mergekit.study.report import EQUAL, table
 
     clock = Clock()
     start = time.perf_counter()
-    settings = Settings(out, seed=seed, examples=examples, threads=num_threads, quiet=quiet)
+    settings = DemoSettings(out, seed=seed, examples=examples, threads=num_threads, quiet=quiet)
     results = run(settings, clock)
     console = Console()
     console.print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from mergekit.plan import MergePlanner
 
 from fisher_mergekit.errors import PlanningError, RecipeError
 from fisher_mergekit.merging import checks, exclude, settings, sidecars, slots
-from fisher_mergekit.merging.settings import Settings
+from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.sidecars import ModelSidecar
 from fisher_mergekit.merging.slots import Record, Slot, Source
 from fisher_mergekit.merging.tasks import CopyTask, LoadPrecision, LoadTheta, MergeTask
@@ -69,7 +70,11 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
     problems += told
-    opened, told = sidecars.open_all(merged, resolved, config, method.kind, files)
+    # `precompute` reads neither slices nor the several recipes of one mergekit-multi file.
+    one_by_one = sliced or "mergekit.scripts.multimerge" in sys.modules
+    opened, told = sidecars.open_all(
+        merged, resolved, config, method.kind, files, one_by_one=one_by_one
+    )
     problems += told
     for model, found in opened.items() if not problems else ():
         problems += checks.left_out(
@@ -142,7 +147,7 @@ def record_walk(planner: MergePlanner, walk: Callable[[], None]) -> list[Record]
 
 def _task(
     slot: Slot,
-    values: Settings | None,
+    values: TensorSettings | None,
     opened: Mapping[ModelReference, ModelSidecar],
     config: MergeConfiguration,
     options: MergeOptions,

@@ -23,7 +23,7 @@ from fisher_mergekit.recipe import parameter_blocks
 
 
 @dataclass(frozen=True)
-class Settings:
+class TensorSettings:
     """What the recipe says about one merged tensor.
 
     Attributes:
@@ -45,7 +45,7 @@ class Settings:
 
 def resolve(
     merged: Sequence[Slot], row: Method, config: MergeConfiguration
-) -> tuple[dict[str, Settings], list[str]]:
+) -> tuple[dict[str, TensorSettings], list[str]]:
     """Resolve the settings of every merged tensor.
 
     Returns:
@@ -57,7 +57,7 @@ def resolve(
     )
     own = method_parameters(row)
     problems: dict[object, str] = {}
-    resolved: dict[str, Settings] = {}
+    resolved: dict[str, TensorSettings] = {}
     zero: list[str] = []
     for slot in merged:
         lambdas = []
@@ -87,7 +87,7 @@ def resolve(
                     f"it is not: {base} is none of {', '.join(map(str, models))}. List it under "
                     "`models:`, in the same spelling, or remove `favor_base`.",
                 )
-        resolved[slot.name] = Settings(tuple(lambdas), options, favored)
+        resolved[slot.name] = TensorSettings(tuple(lambdas), options, favored)
     if zero:
         more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
         problems["zero"] = (

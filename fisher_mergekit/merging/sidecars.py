@@ -12,7 +12,7 @@ from mergekit.config import MergeConfiguration
 
 from fisher_mergekit.errors import SidecarError, SidecarMissing
 from fisher_mergekit.merging.files import Files, Stored
-from fisher_mergekit.merging.settings import Settings
+from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot
 from fisher_mergekit.precision.fisher import root_mean_square
 from fisher_mergekit.sidecar import header
@@ -20,8 +20,7 @@ from fisher_mergekit.sidecar.checkpoint import TensorInfo
 from fisher_mergekit.sidecar.location import reading_place
 from fisher_mergekit.sidecar.reader import Sidecar
 
-MEASURE = "Run: mergekit-fisher precompute RECIPE"
-MEASURE_AGAIN = "Run: mergekit-fisher precompute RECIPE --force"
+MEASURE = "Run: mergekit-fisher precompute"
 
 COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
 """Settings that must agree before two models' precisions may be weighed against each other."""
@@ -64,10 +63,12 @@ def reopen(path: Path, kind: str) -> Sidecar:
 
 def open_all(
     merged: Sequence[Slot],
-    resolved: Mapping[str, Settings],
+    resolved: Mapping[str, TensorSettings],
     config: MergeConfiguration,
     kind: str,
     files: Files,
+    *,
+    one_by_one: bool = False,
 ) -> tuple[dict[ModelReference, ModelSidecar], list[str]]:
     """Open and check the sidecars of all models that count somewhere.
 
@@ -77,6 +78,7 @@ def open_all(
         config: the recipe, in mergekit's normal form.
         kind: which precision.
         files: each model's tensors.
+        one_by_one: whether the recipe is one that `precompute` cannot read as a whole.
 
     Returns:
         The sidecars that fit their models, and what is wrong.
@@ -93,12 +95,16 @@ def open_all(
         sources = [source for s in merged for source in s.sources if source.model == model]
         names = dict.fromkeys(part.name for source in sources for part in source.tensor.parts)
         twins = {source.tensor.name: tuple(source.weight.tied_names or ()) for source in sources}
-        found, told = open_checked(model, path, kind, files[model], list(names), twins)
+        remedy = command_for(model, given.get(model)) if one_by_one else f"{MEASURE} RECIPE"
+        found, told = open_checked(model, path, kind, files[model], list(names), twins, remedy)
         problems += told
         if found is not None:
             opened[model] = found
     if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
-        problems += mixed({m: found.sidecar.measurement.settings for m, found in opened.items()})
+        problems += mixed(
+            {m: found.sidecar.measurement.settings for m, found in opened.items()},
+            f"{MEASURE} --model MODEL --path DATA" if one_by_one else f"{MEASURE} RECIPE",
+        )
     if len(opened) == len(counting):
         problems += half_measured(merged, resolved, opened)
     return opened, problems
@@ -137,6 +143,7 @@ def open_checked(
     files: Mapping[str, TensorInfo],
     names: Sequence[str],
     twins: Mapping[str, Sequence[str]],
+    remedy: str,
 ) -> tuple[ModelSidecar | None, list[str]]:
     """Open a model's sidecar and check it against the model, without loading a precision.
 
@@ -148,6 +155,7 @@ def open_checked(
         names: those of them that are to be merged.
         twins: what each of these may be tied to. Files that hold one parameter under two names
             must give the scale of files that hold it once.
+        remedy: the command that measures the model, for messages.
 
     Returns:
         The sidecar, or None if it is of no use; and what is wrong with it.
@@ -155,9 +163,9 @@ def open_checked(
     try:
         sidecar = open_anew(path, kind)
     except SidecarMissing as error:
-        return None, [f"{model}: {error.message} {MEASURE}"]
+        return None, [f"{model}: {error.message} {remedy}"]
     except SidecarError as error:
-        return None, [f"{model}: {error.message} {MEASURE_AGAIN}"]
+        return None, [f"{model}: {error.message} {remedy} --force"]
     measured = [name for name in names if name in sidecar]
     unmeasured = sidecar.measurement.unmeasured
     unknown = [name for name in names if name not in sidecar and name not in unmeasured]
@@ -168,23 +176,23 @@ def open_checked(
     if foreign:
         problems.append(
             f"{model}: the sidecar {path} was measured on other weights (digest of {foreign[0]} "
-            f"differs{_more(foreign)}). {MEASURE_AGAIN}"
+            f"differs{_more(foreign)}). {remedy} --force"
         )
     if unknown:
         problems.append(
             f"{model}: the sidecar {path} is partial: it says nothing of {unknown[0]}"
-            f"{_more(unknown)}. {MEASURE_AGAIN}"
+            f"{_more(unknown)}. {remedy} --force"
         )
     if impossible:
         problems.append(
             f"{model}: the sidecar {path} is corrupt: the sum of squares of {impossible[0]} is "
-            f"{sums[impossible[0]]}{_more(impossible)}. {MEASURE_AGAIN}"
+            f"{sums[impossible[0]]}{_more(impossible)}. {remedy} --force"
         )
     elif measured and not any(sums.values()):
         problems.append(
             f"{model}: the {kind} in the sidecar {path} is zero in all {len(measured)} merged "
             "tensors, so the model is sure of nothing. Look at its calibration data, then "
-            f"measure again. {MEASURE_AGAIN}"
+            f"measure again. {remedy} --force"
         )
     if problems:
         return None, problems
@@ -201,7 +209,13 @@ def open_checked(
     return ModelSidecar(sidecar, root_mean_square(total, count) if measured else 1.0), []
 
 
-def mixed(settings: Mapping[ModelReference, header.Settings]) -> list[str]:
+def command_for(model: ModelReference, out: Path | None = None) -> str:
+    """Return the sentence with the command that measures one model, without a recipe."""
+    place = f" --out {out}" if out is not None else ""
+    return f"{MEASURE} --model {model}{place} --path DATA --text COLUMN"
+
+
+def mixed(settings: Mapping[ModelReference, header.Settings], remedy: str) -> list[str]:
     """Say in which respect the models were measured differently, if in any."""
     problems = []
     for key in COMPARABLE:
@@ -210,7 +224,7 @@ def mixed(settings: Mapping[ModelReference, header.Settings]) -> list[str]:
             listed = ", ".join(f"{value} for {model}" for model, value in values.items())
             problems.append(
                 f"the models were measured with different {key}: {listed}. Such precisions differ "
-                f"in scale or meaning. Measure alike ({MEASURE_AGAIN}), or insist with "
+                f"in scale or meaning. Measure alike ({remedy} --force), or insist with "
                 "`allow_mixed: true` under `parameters:`."
             )
     return problems
@@ -218,7 +232,7 @@ def mixed(settings: Mapping[ModelReference, header.Settings]) -> list[str]:
 
 def half_measured(
     merged: Sequence[Slot],
-    resolved: Mapping[str, Settings],
+    resolved: Mapping[str, TensorSettings],
     opened: Mapping[ModelReference, ModelSidecar],
 ) -> list[str]:
     """Say which tensors are a parameter of one model and none of another, if any."""

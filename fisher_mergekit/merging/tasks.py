@@ -110,7 +110,7 @@ class LoadPrecision(Task[torch.Tensor]):
                 raise SidecarError(
                     f"the sidecar {self.path} of {self.model} is corrupt: {name} holds "
                     f"values from {lowest.item()} to {highest.item()}, but a {self.kind} is "
-                    f"finite and never negative. {sidecars.MEASURE_AGAIN}"
+                    f"finite and never negative. {sidecars.command_for(self.model)} --force"
                 )
         return tensor
 

@@ -55,7 +55,7 @@ SPECIALISTS = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What can be chosen about the demo.
 
     Attributes:
@@ -96,7 +96,7 @@ class Clock:
             self.seconds[part] = self.seconds.get(part, 0.0) + passed
 
 
-def run(settings: Settings, clock: Clock | None = None) -> Results:
+def run(settings: DemoSettings, clock: Clock | None = None) -> Results:
     """Tell the story: everything is written into `settings.out`, the numbers are returned.
 
     Raises:
@@ -130,7 +130,7 @@ def run(settings: Settings, clock: Clock | None = None) -> Results:
     return results
 
 
-def prepare(settings: Settings) -> tuple[Task, Task]:
+def prepare(settings: DemoSettings) -> tuple[Task, Task]:
     """Load the tasks and check that everything needed is there, before anything takes time."""
     minilm()
     load_pyplot()
@@ -145,7 +145,7 @@ def prepare(settings: Settings) -> tuple[Task, Task]:
     return cast("tuple[Task, Task]", tasks)
 
 
-def train(tasks: tuple[Task, Task], settings: Settings) -> None:
+def train(tasks: tuple[Task, Task], settings: DemoSettings) -> None:
     """Fine-tune one specialist a task, and put each one's body under the other's head.
 
     Each specialist's training examples are written beside it: it will be measured on them.
@@ -215,7 +215,7 @@ dtype: float32
 
 
 def write_recipes(
-    tasks: tuple[Task, Task], shares: Mapping[str, float], settings: Settings
+    tasks: tuple[Task, Task], shares: Mapping[str, float], settings: DemoSettings
 ) -> None:
     """Write a recipe for each method and each task's head, with the first specialist's lambda."""
     for method, share in shares.items():
@@ -238,7 +238,7 @@ def write_recipes(
             (settings.out / recipe(method, base, share)).write_text(text, encoding="utf-8")
 
 
-def command(words: Sequence[str], settings: Settings) -> None:
+def command(words: Sequence[str], settings: DemoSettings) -> None:
     """Run a command of this Python's environment in the demo's folder, as a user would.
 
     Raises:
@@ -265,7 +265,7 @@ def command(words: Sequence[str], settings: Settings) -> None:
         )
 
 
-def explore(tasks: tuple[Task, Task], settings: Settings) -> list[Point]:
+def explore(tasks: tuple[Task, Task], settings: DemoSettings) -> list[Point]:
     """Score merges with many lambdas on validation examples.
 
     They are made in memory, from the same files and by the same arithmetic as the checkpoints
@@ -300,7 +300,7 @@ def evaluate_all(
     tasks: tuple[Task, Task],
     merges: Sequence[tuple[str, float]],
     frontier: Sequence[Point],
-    settings: Settings,
+    settings: DemoSettings,
 ) -> Results:
     """Score the specialists and the merged checkpoints on held-out examples."""
     out = settings.out
@@ -321,7 +321,7 @@ def evaluate_all(
     return Results(tasks, specialists, points, frontier)
 
 
-def progress_bar(total: int, name: str, settings: Settings) -> tqdm[NoReturn]:
+def progress_bar(total: int, name: str, settings: DemoSettings) -> tqdm[NoReturn]:
     """Return a bar that counts examples."""
     return tqdm(total=total, desc=name, unit="example", disable=settings.quiet)
 

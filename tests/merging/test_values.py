@@ -131,6 +131,19 @@ def test_merge_of_a_merge_by_mergekit_multi(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_merge_inside_mergekit_multi_has_to_be_measured_by_name(tmp_path):
+    a, b = (make_measured(tmp_path / n, "llama", seed=i)[0] for i, n in enumerate("ab"))
+    path, steps = tmp_path / "recipes.yml", tmp_path / "steps"
+    second = recipe_of("first", a)
+    path.write_text(yaml.safe_dump_all([{"name": "first", **recipe_of(a, b)}, second]))
+    process = command(
+        "mergekit-multi", path, "--out-path", tmp_path / "out", "-I", steps, "--quiet"
+    )
+    assert process.returncode != 0
+    assert f"Run: mergekit-fisher precompute --model {steps / 'first'} --path" in process.stderr
+
+
+@pytest.mark.slow
 def test_problems_are_printed_without_a_traceback(tmp_path):
     a, _, _ = make_measured(tmp_path / "a", seed=1, num_labels=2)
     b, _, _ = make_measured(tmp_path / "b", seed=2, num_labels=3)

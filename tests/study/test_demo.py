@@ -12,7 +12,7 @@ from models import read
 from fisher_mergekit.cli.demo import demo
 from fisher_mergekit.errors import FisherMergekitError
 from fisher_mergekit.sidecar.reader import Sidecar
-from fisher_mergekit.study.demo import Clock, Settings, Specialist, command, run
+from fisher_mergekit.study.demo import Clock, DemoSettings, Specialist, command, run
 from fisher_mergekit.study.report import EQUAL, best_share
 from fisher_mergekit.study.tasks import Sizes
 
@@ -28,7 +28,7 @@ SMALL = (
 
 
 def settings(out):
-    return Settings(out, examples=24, specialists=SMALL, shares=(0.5,), threads=1, quiet=True)
+    return DemoSettings(out, examples=24, specialists=SMALL, shares=(0.5,), threads=1, quiet=True)
 
 
 @pytest.fixture(scope="module")
