@@ -10,6 +10,7 @@ import click
 from mergekit.common import ModelReference
 from tqdm import tqdm
 
+from fisher_mergekit.cli.local import Storage, find
 from fisher_mergekit.cli.options import ShardSize, add_common_options, apply_common_options
 from fisher_mergekit.errors import (
     FisherMergekitError,
@@ -27,7 +28,6 @@ from fisher_mergekit.recipe import (
     read_calibration,
     read_recipe,
 )
-from fisher_mergekit.sidecar.location import reading_place, writing_place
 
 _REPEATED = ("text", "choices")
 _CALIBRATION_FLAGS = (
@@ -86,6 +86,12 @@ Examples:
     "--trust-remote-code", is_flag=True, help="Run code that comes with a model (danger)."
 )
 @click.option("--transformers-cache", help="Override storage path for downloaded models.")
+@click.option("--lora-merge-cache", help="Folder for models with a LoRA adapter merged into them.")
+@click.option(
+    "--lora-merge-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Load a model in this dtype before its adapter is merged.",
+)
 @click.option(
     "--out-shard-size", type=ShardSize(), default="5B", show_default=True,
     help="Largest file to write, in bytes, as mergekit counts it.",
@@ -102,6 +108,8 @@ def precompute(
     random_seed: int | None,
     trust_remote_code: bool,
     transformers_cache: str | None,
+    lora_merge_cache: str | None,
+    lora_merge_dtype: str | None,
     out_shard_size: int,
     verbosity: int,
     quiet: bool,
@@ -120,19 +128,22 @@ def precompute(
         "trust_remote_code": trust_remote_code,
         "shard_size": out_shard_size,
     }
+    storage = Storage(transformers_cache, lora_merge_cache, lora_merge_dtype, trust_remote_code)
     valid: list[Job] = []
     waiting: list[Prepared] = []
     problems: list[str] = []
     for reference, given, default_kind, calibration in _requests(recipe, model, out, overrides):
-        path = reference.model
+        is_pair = reference.lora is not None
         try:
-            folder = _folder(reference, transformers_cache)
+            local = find(reference, storage)
             job = Job(
-                reference=path.path,
-                revision=path.revision,
-                folder=folder,
-                present=given or reading_place(path.path, path.revision, folder),
-                out=given or writing_place(path.path, path.revision),
+                reference=str(reference) if is_pair else reference.model.path,
+                revision=None if is_pair else reference.model.revision,
+                folder=local.folder,
+                tokenizer=local.tokenizer,
+                base=local.base,
+                present=given or local.present,
+                out=given or local.out,
                 kind=kind or default_kind,
                 calibration=calibration,
                 **options,
@@ -164,7 +175,7 @@ def precompute(
             )
     if not quiet:
         jobs = [*valid, *(prepared.job for prepared in waiting)]
-        _summary(recipe, jobs, len(waiting), time.perf_counter() - start)
+        _summary(recipe, jobs, len(waiting), time.perf_counter() - start, storage)
 
 
 class _ProgressBar:
@@ -238,23 +249,6 @@ def _same_place(jobs: list[Job]) -> list[str]:
     ]
 
 
-def _folder(reference: ModelReference, cache: str | None) -> Path:
-    """Return the local files of a model, downloading it from the Hub if need be."""
-    if reference.lora is not None:
-        raise RecipeError(
-            f"{reference}: adapters cannot be measured yet. Merge the adapter into its model "
-            "first, and name the result."
-        )
-    if Path(reference.model.path).is_file():
-        raise RecipeError(f"{reference} is a file; name the model's folder.")
-    try:
-        return Path(reference.local_path(cache_dir=cache))
-    except Exception as error:  # the hub client raises a wide family, offline included
-        raise RecipeError(
-            f"{reference} is neither a local folder nor a model that can be downloaded: {error}"
-        ) from None
-
-
 def _device(device: str, cuda: bool) -> str:
     import torch
 
@@ -273,10 +267,17 @@ def _device(device: str, cuda: bool) -> str:
     return device
 
 
-def _summary(recipe: Path | None, jobs: list[Job], measured: int, seconds: float) -> None:
+def _summary(
+    recipe: Path | None, jobs: list[Job], measured: int, seconds: float, storage: Storage
+) -> None:
     click.echo(f"Measured {measured} of {len(jobs)} models in {seconds:.1f} s.")
     if recipe is not None:
-        click.echo(f"Next: mergekit-yaml {recipe} merged/")
+        given = {
+            "--lora-merge-cache": storage.lora_merge_cache,
+            "--lora-merge-dtype": storage.lora_merge_dtype,
+        }
+        more = "".join(f" {flag} {value}" for flag, value in given.items() if value)
+        click.echo(f"Next: mergekit-yaml {recipe} merged/{more}")
     else:
         place = jobs[0].out if measured else jobs[0].present
         click.echo(f"Next: mergekit-fisher inspect {place}")

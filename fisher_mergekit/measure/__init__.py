@@ -5,6 +5,7 @@ The way of the data, one room each:
     calibration.py   rows of a data set -> texts and labels
     batches.py       texts -> token ids -> padded batches
     subject.py       a checkpoint -> the model, and what of it is which tensor in its files
+    adapter.py       … and a PEFT adapter in the model that it was trained on
     likelihoods/     logits -> the score of an outcome: what log p(y|x) is for this head
     estimators/      where y comes from: exact, sampled, empirical
     taps.py          which way each parameter is measured, and who is asked when one fails

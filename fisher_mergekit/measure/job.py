@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 
 from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.measure.adapter import ADAPTER_STEM
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
@@ -30,6 +31,8 @@ class Job:
     Attributes:
         reference: the model as the user typed it, and its revision.
         folder: its local files.
+        tokenizer: the folder of its tokenizer or image processor.
+        base: if it is an adapter alone, the local files of the model that it was trained on.
         present: where its sidecar is read from, if it has one already.
         out: the folder to write its sidecar to.
         kind: what to measure.
@@ -39,13 +42,19 @@ class Job:
     reference: str
     revision: str | None
     folder: Path
+    tokenizer: Path
     present: Path
     out: Path
     kind: str
     calibration: Calibration
+    base: Path | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
     shard_size: int = SHARD_SIZE
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the files whose tensors are measured."""
+        return Checkpoint(self.folder, "model" if self.base is None else ADAPTER_STEM)
 
 
 def existing_sidecar(job: Job) -> Sidecar | None:
@@ -58,7 +67,7 @@ def existing_sidecar(job: Job) -> Sidecar | None:
         sidecar = Sidecar(job.present, job.kind)
     except SidecarError:
         return None
-    checkpoint = Checkpoint(job.folder)
+    checkpoint = job.checkpoint()
     names = [name for name in sidecar if name in checkpoint]
     if len(names) != len(sidecar) or sidecar.foreign(checkpoint, names):
         of = sidecar.header.model.reference

@@ -13,6 +13,7 @@ import transformers
 
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, SidecarError
+from fisher_mergekit.measure.adapter import check_adapter, read_adapter_config
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.encoding import Encoder, encode, fingerprint, reads
@@ -30,7 +31,6 @@ from fisher_mergekit.measure.subject import (
 )
 from fisher_mergekit.measure.units import unit_for
 from fisher_mergekit.recipe import Calibration
-from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
 from fisher_mergekit.sidecar.writer import check_writable, describe, write_sidecar
 
@@ -70,12 +70,15 @@ def prepare(job: Job) -> Prepared:
             f"{job.out} is no valid sidecar, and one file is not what is written: name the folder, "
             f"`sidecar: {job.out.parent}`."
         )
-    checkpoint = Checkpoint(job.folder)
-    config, architecture = read_config(job.folder, trust_remote_code=job.trust_remote_code)
+    checkpoint = job.checkpoint()
+    config, architecture = _config(job)
     likelihood = likelihood_for(architecture, config)
     estimator = calibration.estimator or likelihood.default_estimator
     likelihood.check(config, calibration.unit)
-    check_tensors(config, architecture, checkpoint)
+    if job.base is None:
+        check_tensors(config, architecture, checkpoint)
+    else:
+        check_adapter(checkpoint)
     encoder = _encoder(job, config, architecture)
     examples = encode(load_rows(calibration), encoder, likelihood)
     estimator_for(estimator).check(likelihood, config, examples, calibration)
@@ -83,11 +86,17 @@ def prepare(job: Job) -> Prepared:
     return Prepared(job, encoder.tokenizer, likelihood, estimator, examples)
 
 
+def _config(job: Job) -> tuple[Any, str]:
+    if job.base is None:
+        return read_config(job.folder, trust_remote_code=job.trust_remote_code)
+    return read_adapter_config(job.folder, job.base, trust_remote_code=job.trust_remote_code)
+
+
 def _encoder(job: Job, config: Any, architecture: str) -> Encoder:
     """Return the model's way of reading, if the calibration names what it reads."""
     calibration, main = job.calibration, reads(architecture)
     if main == "input_ids":
-        tokenizer = read_tokenizer(job.folder, trust_remote_code=job.trust_remote_code)
+        tokenizer = read_tokenizer(job.tokenizer, trust_remote_code=job.trust_remote_code)
         return Encoder(config, calibration, tokenizer=tokenizer)
     if main != "pixel_values":
         raise CalibrationError(
@@ -96,7 +105,7 @@ def _encoder(job: Job, config: Any, architecture: str) -> Encoder:
         )
     if calibration.image is None:
         raise CalibrationError(f"{architecture} reads pictures; name their column, `image:`.")
-    processor = read_image_processor(job.folder, trust_remote_code=job.trust_remote_code)
+    processor = read_image_processor(job.tokenizer, trust_remote_code=job.trust_remote_code)
     return Encoder(config, calibration, processor=processor)
 
 
@@ -116,6 +125,7 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
     subject = load_subject(
         job.folder,
         prepared.tokenizer,
+        base=job.base,
         dtype=getattr(torch, calibration.dtype),
         device=job.device,
         trust_remote_code=job.trust_remote_code,
@@ -128,6 +138,7 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         unit=unit_for(calibration.unit),
         pad_token_id=subject.pad_token_id,
         device=torch.device(job.device),
+        parameters=subject.measured,
     )
     progress(0, len(examples))
     fishers = session.run(

@@ -50,6 +50,7 @@ class Session:
         pad_token_id: any id; padding is masked.
         device: where the model is.
         unit: whose gradient is squared whole.
+        parameters: those to measure; all of the model's if None.
     """
 
     model: nn.Module
@@ -59,10 +60,11 @@ class Session:
     pad_token_id: int
     device: torch.device
     unit: Unit = sequence
+    parameters: Sequence[nn.Parameter] | None = None
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
-        self._taps = Taps(self.model)
+        self._taps = Taps(self.model, self.parameters)
 
     @property
     def loose(self) -> tuple[str, ...]:
@@ -81,7 +83,7 @@ class Session:
         batch_size: int,
         advance: Callable[[int], Any] = lambda count: None,
     ) -> dict[nn.Parameter, Tensor]:
-        """Return the diagonal Fisher of every parameter, float32, the mean over the examples.
+        """Return the diagonal Fisher of the parameters, float32, the mean over the examples.
 
         Args:
             examples: tokenised calibration data, at least one.
@@ -101,7 +103,7 @@ class Session:
                 "the Fisher is zero everywhere: nothing in the calibration data is scored "
                 "(one-token texts, or all of them prompt), or the model is sure of all of it."
             )
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._measured():
             if not totals[parameter].div_(len(examples)).isfinite().all():
                 raise MeasureError(
                     f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure "
@@ -123,17 +125,19 @@ class Session:
             # and then two right computations have nothing in common: squared rounding is no
             # difference.
             rounding = 50 * torch.finfo(logits.dtype).eps
+            totals, unreached = self._taps.totals, self._taps.unreached()
             noise = max(_rms(square) for square in truth.values()) * rounding**2
             wrong = [
                 (name, parameter)
-                for name, parameter in self.model.named_parameters()
-                if parameter in truth
-                and parameter not in self._taps.loose
-                and _differ(
-                    self._taps.totals[parameter], truth[parameter], TOLERANCE[logits.dtype], noise
+                for name, parameter in self._measured()
+                if parameter not in self._taps.loose
+                and (
+                    # However small: where no module was called, nothing is measured later either.
+                    (parameter in unreached and truth[parameter].any())
+                    or _differ(totals[parameter], truth[parameter], TOLERANCE[logits.dtype], noise)
                 )
             ]
-            for total in self._taps.totals.values():
+            for total in totals.values():
                 total.zero_()
             for name, parameter in wrong:
                 self._taps.climb(parameter, name, "its layer's rule does not hold in this model")
@@ -170,8 +174,12 @@ class Session:
     def _placed(self, batch: Batch) -> Batch:
         return batch.to(self.device, next(self.model.parameters()).dtype)
 
+    def _measured(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters to measure, with their names."""
+        return [(n, p) for n, p in self.model.named_parameters() if p in self._taps.totals]
+
     def _loosen_all(self, reason: str) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._measured():
             self._taps.loosen(parameter, name, reason)
 
     def _add_batch(self, batch: Batch) -> None:

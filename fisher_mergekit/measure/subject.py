@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from fisher_mergekit.errors import CheckpointError, MeasureError
+from fisher_mergekit.measure.adapter import ADAPTER_STEM, load_adapter, read_adapter_config
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import WeightRecord
 from fisher_mergekit.sidecar.layout import BLOCK, Group, Layout, skeleton
@@ -53,6 +54,12 @@ class Subject:
     def pad_token_id(self) -> int:
         """Any id to pad with; padding is masked."""
         return int(self.config.pad_token_id)
+
+    @property
+    def measured(self) -> list[nn.Parameter]:
+        """The parameters that the groups name: all of a model's, or an adapter's own."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return list(dict.fromkeys(parameters[n] for group in self.groups for n in group.targets))
 
     def weight_records(self) -> dict[str, WeightRecord]:
         """Return the identity of every measured tensor, as it is in the files."""
@@ -153,17 +160,28 @@ def load_subject(
     folder: Path,
     tokenizer: Any,
     *,
+    base: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Subject:
-    """Load a model for measuring.
+    """Load a model for measuring, or an adapter in its model.
+
+    Args:
+        folder: the model's or the adapter's files.
+        tokenizer: says what to pad with, if the model does not; None if it reads no text.
+        base: the files of the model that the adapter was trained on.
+        dtype: to compute in.
+        device: to compute on.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
         CheckpointError: missing or damaged files, or pickles.
         MeasureError: tensors are missing from the files, or the model holds parameters that are
             not simply tensors of its files.
     """
+    if base is not None:
+        return _load_adapter(folder, base, tokenizer, dtype, device, trust_remote_code)
     checkpoint = Checkpoint(folder)
     _, architecture = read_config(folder, trust_remote_code=trust_remote_code)
     model_class = _model_class(architecture)
@@ -173,9 +191,37 @@ def load_subject(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    return _settled(model, checkpoint, *_match(model, checkpoint), architecture, tokenizer, device)
+
+
+def _load_adapter(
+    folder: Path,
+    base: Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    trust_remote_code: bool,
+) -> Subject:
+    config, architecture = read_adapter_config(folder, base, trust_remote_code=trust_remote_code)
+    model, groups, unmeasured = load_adapter(
+        folder, base, _model_class(architecture), config, dtype, trust_remote_code=trust_remote_code
+    )
+    checkpoint = Checkpoint(folder, ADAPTER_STEM)
+    return _settled(model, checkpoint, groups, unmeasured, architecture, tokenizer, device)
+
+
+def _settled(
+    model: Any,
+    checkpoint: Checkpoint,
+    groups: tuple[Group, ...],
+    unmeasured: dict[str, str],
+    architecture: str,
+    tokenizer: Any,
+    device: str | torch.device,
+) -> Subject:
+    """Return a loaded model as a subject, once it is seen to hold what its files hold."""
     model.config.use_cache = False
     _settle_padding(model.config, tokenizer)
-    groups, unmeasured = _match(model, checkpoint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in groups:
         _compare(checkpoint, group, parameters)

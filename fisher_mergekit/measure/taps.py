@@ -188,6 +188,15 @@ class Taps:
         if not layer.parameters:
             del self._layers[layer.name]
 
+    def unreached(self) -> set[nn.Parameter]:
+        """Return the parameters of which no module was called in the last forward pass.
+
+        Such a module can be a mere container, and its parameters be used by another one.
+        """
+        layers = self._layers.values()
+        reached = {p for layer in layers if layer.calls for p in layer.parameters.values()}
+        return {p for layer in layers for p in layer.parameters.values()} - reached
+
     def seal(self) -> None:
         """Trust from now on the layers that the last forward pass reached, and no others.
 

@@ -50,12 +50,6 @@ def recipe(config: MergeConfiguration, options: MergeOptions) -> list[str]:
             f"{model} is listed twice in one merge; list it once, with the sum of its lambdas."
             for model in sorted(repeated)
         ]
-    loras = sorted({str(m) for m in config.referenced_models() if m.lora is not None})
-    problems += [
-        f"{model}: {name} cannot merge a LoRA adapter yet. Merge the adapter into its model first "
-        "(peft: merge_and_unload, save_pretrained), and measure the result."
-        for model in loras
-    ]
     if config.tokenizer_source is not None or config.tokenizer is not None:
         key = "tokenizer" if config.tokenizer is not None else "tokenizer_source"
         problems.append(

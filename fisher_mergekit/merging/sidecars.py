@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import SidecarError, SidecarMissing
 from fisher_mergekit.merging.files import Files, Stored
@@ -87,15 +88,13 @@ def open_all(
     opened: dict[ModelReference, ModelSidecar] = {}
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
     for model in counting:
-        path = given.get(model) or reading_place(
-            model.model.path, model.model.revision, files[model].checkpoint.folder
-        )
+        path = given.get(model) or place_of(model, files[model].checkpoint.folder)
         # A source that several outputs share is one tensor of the model, and counts once. The scale
         # is that of the tensors in the files, whatever is made of them.
         sources = [source for s in merged for source in s.sources if source.model == model]
         names = dict.fromkeys(part.name for source in sources for part in source.tensor.parts)
         twins = {source.tensor.name: tuple(source.weight.tied_names or ()) for source in sources}
-        remedy = command_for(model, given.get(model)) if one_by_one else f"{MEASURE} RECIPE"
+        remedy = command_for(model, given.get(model), one_by_one=one_by_one)
         found, told = open_checked(model, path, kind, files[model], list(names), twins, remedy)
         problems += told
         if found is not None:
@@ -108,6 +107,20 @@ def open_all(
     if len(opened) == len(counting):
         problems += half_measured(merged, resolved, opened)
     return opened, problems
+
+
+def place_of(model: ModelReference, folder: Path) -> Path:
+    """Return where a model's sidecar is, if the recipe does not say.
+
+    Args:
+        model: with or without an adapter.
+        folder: the model's local files; not asked for with an adapter.
+    """
+    if model.lora is None:
+        return reading_place(model.model.path, model.model.revision, folder)
+    adapter = ModelReference(model=model.lora)
+    snapshot = Path(adapter.local_path(cache_dir=LoaderCache().hf_cache_dir))
+    return reading_place(model.lora.path, model.lora.revision, snapshot, str(model.model))
 
 
 def given_paths(config: MergeConfiguration) -> tuple[dict[ModelReference, Path], list[str]]:
@@ -209,10 +222,13 @@ def open_checked(
     return ModelSidecar(sidecar, root_mean_square(total, count) if measured else 1.0), []
 
 
-def command_for(model: ModelReference, out: Path | None = None) -> str:
-    """Return the sentence with the command that measures one model, without a recipe."""
+def command_for(model: ModelReference, out: Path | None = None, *, one_by_one: bool = True) -> str:
+    """Return the sentence with the command that measures a model, by itself or with its recipe."""
+    cache = f" --lora-merge-cache {LoaderCache().lora_cache_dir}" if model.lora is not None else ""
+    if not one_by_one:
+        return f"{MEASURE} RECIPE{cache}"
     place = f" --out {out}" if out is not None else ""
-    return f"{MEASURE} --model {model}{place} --path DATA --text COLUMN"
+    return f"{MEASURE} --model {model}{place}{cache} --path DATA --text COLUMN"
 
 
 def mixed(settings: Mapping[ModelReference, header.Settings], remedy: str) -> list[str]:

@@ -100,7 +100,7 @@ def open_files(records: Iterable[Record]) -> tuple[Files, list[str]]:
     files: dict[ModelReference, ModelFiles] = {}
     problems = []
     for model in models:
-        if model is None or model.lora is not None:  # the check of the recipe refuses LoRA
+        if model is None:
             continue
         try:
             files[model] = model_files.open_anew(model)

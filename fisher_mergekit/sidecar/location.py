@@ -21,28 +21,46 @@ def cache_home() -> Path:
     return Path(base) / "fisher_mergekit"
 
 
-def writing_place(reference: str, revision: str | None = None) -> Path:
+def writing_place(reference: str, revision: str | None = None, base: str | None = None) -> Path:
     """Return where a model's sidecar is written: in its own folder, or the user's cache.
 
+    The statistics of a model with an adapter are those of their sum, and belong to the pair. They
+    stand in the adapter's folder, under the base's name: an adapter can be put on several, and
+    `sidecar/` there is for the adapter's own parameters.
+
     Args:
-        reference: a local folder, or a Hub model's name.
+        reference: a local folder, or a Hub model's name; the adapter's, where there is one.
         revision: the Hub model's revision, if one was asked for.
+        base: the model that the adapter is put on.
     """
+    inside = FOLDER_NAME if base is None else f"{FOLDER_NAME}-{_last_part(base)}"
     if Path(reference).is_dir():
-        return Path(reference) / FOLDER_NAME
+        return Path(reference) / inside
     name = reference if revision is None else f"{reference}@{revision}"
-    return cache_home() / re.sub(r"[^\w.@-]+", "--", name)
+    return cache_home() / (_one_word(name) + ("" if base is None else f"+{_last_part(base)}"))
 
 
-def reading_place(reference: str, revision: str | None, snapshot: Path) -> Path:
+def reading_place(
+    reference: str, revision: str | None, snapshot: Path, base: str | None = None
+) -> Path:
     """Return where a model's sidecar is read from.
 
     What the user has measured comes first; then what the model's author has published.
 
     Args:
-        reference: a local folder, or a Hub model's name.
+        reference: a local folder, or a Hub model's name; the adapter's, where there is one.
         revision: the Hub model's revision, if one was asked for.
-        snapshot: the folder of the model's files; of a Hub model, its download.
+        snapshot: the folder of its files; of a Hub model, its download.
+        base: the model that the adapter is put on.
     """
-    own, published = writing_place(reference, revision), snapshot / FOLDER_NAME
+    own = writing_place(reference, revision, base)
+    published = writing_place(str(snapshot), base=base)
     return published if published.is_dir() and not own.is_dir() else own
+
+
+def _last_part(model: str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else _one_word(model)
+
+
+def _one_word(name: str) -> str:
+    return re.sub(r"[^\w.@-]+", "--", name)

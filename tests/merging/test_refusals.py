@@ -435,14 +435,6 @@ class TestNotBuiltYet:
         ):
             merged(recipe_of(*pair, **{key: value}), tmp_path / "out")
 
-    def test_lora(self, pair, tmp_path):
-        from fisher_mergekit.merging import checks
-
-        recipe = recipe_of(*pair)
-        recipe["models"][0]["model"] += "+./adapter"
-        (message,) = checks.recipe(MergeConfiguration.model_validate(recipe), MergeOptions())
-        assert f"{pair[0]}+./adapter: fisher cannot merge a LoRA adapter yet." in message
-
     def test_pickled_checkpoint(self, pair, tmp_path):
         torch.save(read(pair[1]), pair[1] / "pytorch_model.bin")
         (pair[1] / "model.safetensors").unlink()

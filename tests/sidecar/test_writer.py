@@ -262,11 +262,13 @@ class TestWhere:
 
     def test_a_local_model_keeps_its_sidecar(self, tmp_path):
         assert writing_place(str(tmp_path)) == tmp_path / "sidecar"
+        assert writing_place(str(tmp_path), base="org/base") == tmp_path / "sidecar-org--base"
         assert reading_place(str(tmp_path), None, tmp_path) == tmp_path / "sidecar"
 
     def test_a_hub_model_s_sidecar_is_written_to_the_user_s_cache(self, tmp_path):
         assert writing_place("org/model") == tmp_path / "home" / "org--model"
         assert writing_place("org/model", "v1") == tmp_path / "home" / "org--model@v1"
+        assert writing_place("org/lora", "v1", "org/base@v2").name == "org--lora@v1+org--base@v2"
         assert writing_place("../no/such/folder").parent == tmp_path / "home"
 
     def test_what_the_user_measured_is_read_before_what_was_published(self, tmp_path):

@@ -1,0 +1,135 @@
+"""The local files of what a recipe names: downloaded, or made, if need be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.common import ModelPath, ModelReference
+
+from fisher_mergekit.errors import CheckpointError, RecipeError
+from fisher_mergekit.measure.adapter import base_of, is_adapter
+from fisher_mergekit.sidecar.checkpoint import Checkpoint
+from fisher_mergekit.sidecar.location import reading_place, writing_place
+
+_READING_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt",
+    "preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where things are kept, by mergekit's flags of these names.
+
+    Attributes:
+        transformers_cache: downloads.
+        lora_merge_cache: models that an adapter has been merged into.
+        lora_merge_dtype: to load the model in before that; None leaves it to transformers.
+    """
+
+    transformers_cache: str | None = None
+    lora_merge_cache: str | None = None
+    lora_merge_dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """The folders that belong to one model of a recipe.
+
+    Attributes:
+        folder: the tensors that are measured.
+        tokenizer: the tokenizer, or what else turns data into inputs: the adapter's own if it has
+            one, and else its model's.
+        base: if `folder` is an adapter alone, the model that it was trained on.
+        present: where its sidecar is read from.
+        out: where its sidecar is written to.
+    """
+
+    folder: Path
+    tokenizer: Path
+    base: Path | None
+    present: Path
+    out: Path
+
+
+def find(reference: ModelReference, storage: Storage) -> LocalModel:
+    """Find a model, a model with an adapter merged into it, or an adapter alone.
+
+    Raises:
+        RecipeError: it is neither here nor can it be downloaded or made.
+    """
+    path = reference.model
+    first = _folder(path, storage)
+    if reference.lora is not None:
+        adapter = _folder(reference.lora, storage)
+        owner = (reference.lora.path, reference.lora.revision)
+        return LocalModel(
+            folder=_merged(reference, storage),
+            tokenizer=adapter if _can_read(adapter) else first,
+            base=None,
+            present=reading_place(*owner, adapter, str(path)),
+            out=writing_place(*owner, str(path)),
+        )
+    base = None
+    if is_adapter(first):
+        base = _folder(ModelPath.model_validate(base_of(first)), storage)
+    return LocalModel(
+        folder=first,
+        tokenizer=base if base is not None and not _can_read(first) else first,
+        base=base,
+        present=reading_place(path.path, path.revision, first),
+        out=writing_place(path.path, path.revision),
+    )
+
+
+def _folder(path: ModelPath, storage: Storage) -> Path:
+    if Path(path.path).is_file():
+        raise RecipeError(f"{path} is a file; name the model's folder.")
+    try:
+        return Path(ModelReference(model=path).local_path(cache_dir=storage.transformers_cache))
+    except Exception as error:  # the hub client raises a wide family, offline included
+        raise RecipeError(
+            f"{path} is neither a local folder nor a model that can be downloaded: {error}"
+        ) from None
+
+
+def _merged(reference: ModelReference, storage: Storage) -> Path:
+    """Let mergekit merge the adapter into its model, and return the folder of the result.
+
+    The result has to be the one that mergekit-yaml will merge, so it is mergekit that makes it,
+    where mergekit-yaml will find it: made anew with other threads it could differ in a last bit.
+    """
+    cache = storage.lora_merge_cache
+    if cache is None:
+        raise RecipeError(
+            f"{reference} is a model and an adapter, which mergekit merges into a folder. Name one "
+            "with --lora-merge-cache DIR, here and for mergekit-yaml."
+        )
+    before = set(os.listdir(cache)) if Path(cache).is_dir() else set()
+    try:
+        merged = reference.merged(
+            cache_dir=cache,
+            trust_remote_code=storage.trust_remote_code,
+            lora_merge_dtype=storage.lora_merge_dtype,
+        )
+    except Exception as error:  # peft's and transformers' own errors are of every class
+        for name in set(os.listdir(cache)) - before if Path(cache).is_dir() else ():
+            shutil.rmtree(Path(cache) / name)  # mergekit would take it for the result
+        raise RecipeError(f"mergekit cannot merge {reference}: {error}") from None
+    folder = Path(merged.model.path)
+    try:
+        Checkpoint(folder)
+    except CheckpointError as error:
+        raise RecipeError(
+            f"{error.message} It is what mergekit left of an interrupted merge of {reference}; "
+            "remove that folder, and it is made anew."
+        ) from None
+    return folder
+
+
+def _can_read(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _READING_FILES)
