@@ -57,6 +57,9 @@ else:
     Estimator = _names("estimators")
     Unit = _names("units")
 
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""What transformers can compute attention with; which of them, depends on the model."""
+
 
 class Calibration(BaseModel):
     """What a model is measured on, and how: the recipe's `calibration` block.
@@ -85,6 +88,8 @@ class Calibration(BaseModel):
     shuffle: bool = False
     seed: Annotated[int, BeforeValidator(_no_boolean), Field(ge=0)] = 0
     batch_size: Count = 16
+    gradient_checkpointing: bool = False
+    attn_implementation: Attention | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     sidecar_dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -22,6 +22,7 @@ from fisher_mergekit.measure.job import Job, existing_sidecar
 from fisher_mergekit.measure.precompute import Prepared, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
 from fisher_mergekit.recipe import (
+    Attention,
     Calibration,
     Estimator,
     Unit,
@@ -45,6 +46,8 @@ _CALIBRATION_FLAGS = (
     ("--examples", "examples", int, "Use the first N examples.  [default: 4096]"),
     ("--max-length", "max_length", int, "Cut examples to this many tokens.  [default: 512]"),
     ("--batch-size", "batch_size", int, "Changes speed and memory only.  [default: 16]"),
+    ("--attn-implementation", "attn_implementation", click.Choice(get_args(Attention)),
+     "How to compute attention.  [default: transformers' choice]"),
     ("--dtype", "dtype", click.Choice(["float32", "bfloat16", "float16"]),
      "Compute in this dtype.  [default: float32]"),
     ("--sidecar-dtype", "sidecar_dtype", click.Choice(["float32", "bfloat16"]),
@@ -60,6 +63,11 @@ def _add_calibration_flags(command: Any) -> Any:
     command = click.option("--shuffle/--no-shuffle", default=None, help="Draw the examples.")(
         command
     )
+    command = click.option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        default=None,
+        help="Keep fewer activations, and compute them twice.",
+    )(command)
     return click.option(
         "--mask-prompt/--no-mask-prompt", default=None, help="Language models: score no prompt."
     )(command)

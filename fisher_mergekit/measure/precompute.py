@@ -16,6 +16,7 @@ from fisher_mergekit.errors import CalibrationError, SidecarError
 from fisher_mergekit.measure.adapter import check_adapter, read_adapter_config
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
+from fisher_mergekit.measure.checkpointing import checkpoint_layers
 from fisher_mergekit.measure.encoding import Encoder, encode, fingerprint, reads
 from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.images import read_image_processor
@@ -127,9 +128,12 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         prepared.tokenizer,
         base=job.base,
         dtype=getattr(torch, calibration.dtype),
+        attention=calibration.attn_implementation,
         device=job.device,
         trust_remote_code=job.trust_remote_code,
     )
+    if calibration.gradient_checkpointing:
+        checkpoint_layers(subject.model)
     session = Session(
         model=subject.model,
         likelihood=likelihood,
@@ -148,7 +152,9 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
     on_disk = {name: tensor.to("cpu", dtype) for name, tensor in subject.on_disk(fishers)}
     tensors = dict(sorted(on_disk.items()))
     measurement = Measurement(
-        settings=_settings(calibration, likelihood, estimator, [len(e) for e in examples]),
+        settings=_settings(
+            calibration, likelihood, estimator, [len(e) for e in examples], subject.attention
+        ),
         calibration={**source_of(calibration), "fingerprint": fingerprint(examples)},
         weights=subject.weight_records(),
         tensors=describe(tensors),
@@ -165,7 +171,11 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
 
 
 def _settings(
-    calibration: Calibration, likelihood: Likelihood, estimator: str, lengths: list[int]
+    calibration: Calibration,
+    likelihood: Likelihood,
+    estimator: str,
+    lengths: list[int],
+    attention: str | None,
 ) -> Settings:
     return Settings(
         estimator=estimator,
@@ -179,6 +189,7 @@ def _settings(
         seed=calibration.seed,
         compute_dtype=calibration.dtype,
         dtype=calibration.sidecar_dtype,
+        attn_implementation=attention,
     )
 
 

@@ -103,8 +103,9 @@ class Session:
                 "the Fisher is zero everywhere: nothing in the calibration data is scored "
                 "(one-token texts, or all of them prompt), or the model is sure of all of it."
             )
+        count = len(examples) * self._taps.scale**2
         for name, parameter in self._measured():
-            if not totals[parameter].div_(len(examples)).isfinite().all():
+            if not totals[parameter].div_(count).isfinite().all():
                 raise MeasureError(
                     f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure "
                     "in float32 (`dtype: float32`)."
@@ -134,7 +135,12 @@ class Session:
                 and (
                     # However small: where no module was called, nothing is measured later either.
                     (parameter in unreached and truth[parameter].any())
-                    or _differ(totals[parameter], truth[parameter], TOLERANCE[logits.dtype], noise)
+                    or _differ(
+                        totals[parameter].div_(self._taps.scale**2),
+                        truth[parameter],
+                        TOLERANCE[logits.dtype],
+                        noise,
+                    )
                 )
             ]
             for total in totals.values():
@@ -154,7 +160,7 @@ class Session:
         with _requiring_grad(truth):
             for index in range(len(batch)):
                 alone = self._logits(batch.single(index))
-                add_single_squares(truth, truth, alone, _row(start, index, alone), keep_graph=False)
+                add_single_squares(truth, truth, alone, _row(start, index, alone))
                 if _differ(_row(logits, index, alone), alone, tolerance, rounding):
                     self._loosen_all("padding, or what else is in a batch, moves its predictions")
         return truth
@@ -164,6 +170,7 @@ class Session:
         while True:
             logits = self._tapped_logits(batch)
             start = self._starts(logits, batch)[0]
+            self._taps.fit_scale(start)
             try:
                 self._taps.backward(logits, start, keep_graph=False)
                 return logits.detach(), start
@@ -200,7 +207,7 @@ class Session:
 
     def _starts(self, logits: Tensor, batch: Batch) -> list[Tensor]:
         starts = self.estimator.starts(self.likelihood, logits.detach(), batch, self.seed)
-        return [self.unit.weigh(start, batch, self.seed).to(logits.dtype) for start in starts]
+        return [self.unit.weigh(start, batch, self.seed) for start in starts]
 
     def _add_loose(self, batch: Batch) -> None:
         """Measure the parameters that no rule covers, one example at a time."""
@@ -212,7 +219,12 @@ class Session:
                 starts = self._starts(logits, single)
                 for number, start in enumerate(starts, start=1):
                     add_single_squares(
-                        self._taps.totals, loose, logits, start, keep_graph=number < len(starts)
+                        self._taps.totals,
+                        loose,
+                        logits,
+                        start,
+                        scale=self._taps.scale,
+                        keep_graph=number < len(starts),
                     )
 
     def _logits(self, batch: Batch) -> Tensor:

@@ -51,6 +51,12 @@ class Subject:
         return config
 
     @property
+    def attention(self) -> str | None:
+        """How it computes attention, as transformers calls it; None for a model without."""
+        name: str | None = getattr(self.config, "_attn_implementation", None)
+        return name
+
+    @property
     def pad_token_id(self) -> int:
         """Any id to pad with; padding is masked."""
         return int(self.config.pad_token_id)
@@ -162,6 +168,7 @@ def load_subject(
     *,
     base: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Subject:
@@ -175,8 +182,12 @@ def load_subject(
         device: to compute on.
         trust_remote_code: whether to run code that comes with the model.
 
+    Args:
+        attention: transformers' `attn_implementation`; its own choice if None, which is `sdpa` for
+            models that have it.
+
     Raises:
-        CheckpointError: missing or damaged files, or pickles.
+        CheckpointError: missing or damaged files, or pickles, or a model without such attention.
         MeasureError: tensors are missing from the files, or the model holds parameters that are
             not simply tensors of its files.
     """
@@ -187,9 +198,12 @@ def load_subject(
     model_class = _model_class(architecture)
     try:
         model = model_class.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     return _settled(model, checkpoint, *_match(model, checkpoint), architecture, tokenizer, device)
 

@@ -27,6 +27,14 @@ from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import Layer, OneInput, Unfit, own_parameters
 from fisher_mergekit.measure.layers.local import Local
+from fisher_mergekit.measure.scaling import (
+    Overflow,
+    all_finite,
+    fitting,
+    halved,
+    is_half,
+    scaled,
+)
 from fisher_mergekit.measure.sites import Backward, Site
 
 LOG = logging.getLogger(__name__)
@@ -102,6 +110,7 @@ class Taps:
         totals: float32 accumulator of each measured parameter.
         loose: parameters that no rule covers; the session measures them example by example.
         anchor: where the gradients of a forward pass begin.
+        scale: of the gradients (`scaling.py`); the totals hold its square. It only ever falls.
     """
 
     anchor: Tensor
@@ -111,6 +120,9 @@ class Taps:
         chosen = list(model.parameters() if parameters is None else parameters)
         self.totals = {p: torch.zeros_like(p, dtype=torch.float32) for p in chosen}
         self.loose: dict[nn.Parameter, str] = {}
+        self.scale = 1.0
+        self._is_half = is_half(chosen)
+        self._added: set[nn.Parameter] = set()
         self._layers: dict[str, TappedLayer] = {}
         self._shared: set[nn.Parameter] = set()
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
@@ -251,18 +263,42 @@ class Taps:
         """
         if not logits.requires_grad:
             return  # no layer with a rule took part
-        self._pending.clear()
-        with self.installed():  # checkpointed layers run again
-            torch.autograd.grad(
-                logits, self.anchor, start, retain_graph=keep_graph, allow_unused=True
-            )
+        self._added.clear()
+        while True:
+            self._pending.clear()
+            try:
+                with self.installed():  # checkpointed layers run again
+                    torch.autograd.grad(
+                        logits,
+                        self.anchor,
+                        scaled(start, self.scale, logits.dtype),
+                        retain_graph=keep_graph or self._is_half,
+                        allow_unused=True,
+                    )
+                break
+            except Overflow:
+                self._lower_scale()
         for parameter, contributions in self._pending.items():
             self._add(parameter, contributions)
         self._pending.clear()
 
+    def fit_scale(self, start: Tensor) -> None:
+        """Choose the scale by a start, while nothing has been added yet."""
+        if self._is_half:
+            self.scale = fitting(start)
+
+    def _lower_scale(self) -> None:
+        """Halve the scale, and with it what has been added so far."""
+        self.scale = halved(self.scale)
+        for total in self.totals.values():
+            total.div_(4)
+
     def _add(self, parameter: nn.Parameter, contributions: Sequence[Contribution]) -> None:
+        if parameter in self._added:
+            return  # by the rules that ran before another's gradient overflowed
         try:
             add_squares(self.totals[parameter], contributions)
+            self._added.add(parameter)
         except MeasureError as error:  # contributions that cannot meet before the square
             if self._sealed:
                 raise
@@ -318,6 +354,10 @@ class Taps:
             raise Irregular(layer.name) from error
         finally:
             self._is_plain = False
+        if self._is_half:
+            own = [tensor for c in contributions.values() for tensor in vars(c).values()]
+            if not all_finite([*gradients, *own]):
+                raise Overflow
         for short, contribution in contributions.items():
             parameter = layer.parameters.get(short)
             if parameter is None:
@@ -350,15 +390,30 @@ def add_single_squares(
     logits: Tensor,
     start: Tensor,
     *,
-    keep_graph: bool,
+    scale: float = 1.0,
+    keep_graph: bool = False,
 ) -> None:
-    """Add the squared gradient of one example, by plain autograd: the rule that is always right."""
+    """Add the squared gradient of one example, by plain autograd: the rule that is always right.
+
+    Args:
+        scale: whose square the totals hold.
+    """
     chosen = list(parameters)
     if not logits.requires_grad:
         return  # none of them took part
-    gradients = torch.autograd.grad(
-        logits, chosen, start, retain_graph=keep_graph, allow_unused=True
-    )
+    half = is_half(chosen)
+    own = fitting(start) if half else 1.0
+    while True:
+        gradients = torch.autograd.grad(
+            logits,
+            chosen,
+            scaled(start, own, logits.dtype),
+            retain_graph=keep_graph or half,
+            allow_unused=True,
+        )
+        if not half or all_finite(gradients):
+            break
+        own = halved(own)
     for parameter, gradient in zip(chosen, gradients, strict=True):
         if gradient is not None:
-            totals[parameter].add_(gradient.float().square())
+            totals[parameter].add_(gradient.float().mul_(scale / own).square_())

@@ -65,6 +65,7 @@ class Settings(_Record):
     seed: int
     compute_dtype: str = "float32"
     dtype: str = "float32"
+    attn_implementation: str | None = None
 
 
 class Measurement(_Record):

@@ -86,6 +86,8 @@ def facts(measurement: Measurement) -> dict[str, str]:
         "tensors": f"{len(measurement.tensors):,}",
         "versions": ", ".join(f"{k} {v}" for k, v in sorted(measurement.versions.items())),
     }
+    if settings.attn_implementation:
+        lines["dtype"] += f", attention by {settings.attn_implementation}"
     if settings.mask_prompt:
         lines["prompt"] = "masked"
     return lines

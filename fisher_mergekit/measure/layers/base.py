@@ -59,6 +59,7 @@ class OneInput(Layer):
         if reading is None:
             raise NoExamples
         x = axes.spread(given[0])
+        shape = x.shape  # not x itself, which a checkpointed layer must be able to let go
 
         def backward(saved: Any, gradients: Any) -> Any:
             if len(gradients) != 1:
@@ -66,7 +67,7 @@ class OneInput(Layer):
             x_gradient, contributions = self.backward(
                 site.module, axes.by_example(saved[0]), axes.by_example(gradients[0])
             )
-            return [None if x_gradient is None else x_gradient.reshape(x.shape)], contributions
+            return [None if x_gradient is None else x_gradient.reshape(shape)], contributions
 
         return site.tap(site.forward, backward, x)
 

@@ -44,6 +44,8 @@ class Local(Layer):
             if site.axes.rows > 1 and ROWS not in site.axes.readings(outputs[i]):
                 site.axes.by_example(outputs[i])
         inputs = [leaves[i] for i in places]
+        # Not the tensors themselves, which a checkpointed layer must be able to let go.
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
         def backward(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
             given = dict(zip(places, saved, strict=True))
@@ -51,7 +53,7 @@ class Local(Layer):
             def alone(example: int) -> Any:
                 parts = [
                     site.axes.part(given[i].detach(), example, readings[i]) if i in given else leaf
-                    for i, leaf in enumerate(leaves)
+                    for i, leaf in enumerate(others)
                 ]
                 return tree_unflatten(parts, spec)
 
