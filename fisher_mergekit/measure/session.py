@@ -29,7 +29,8 @@ from fisher_mergekit.measure.axes import Axes
 from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, collate
 from fisher_mergekit.measure.estimators import Estimator
 from fisher_mergekit.measure.likelihoods.base import Likelihood
-from fisher_mergekit.measure.taps import Irregular, Taps, add_single_squares
+from fisher_mergekit.measure.plain import add_single_squares
+from fisher_mergekit.measure.taps import Irregular, Taps
 from fisher_mergekit.measure.units import Unit, sequence
 
 LOG = logging.getLogger(__name__)

@@ -27,14 +27,7 @@ from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import Layer, OneInput, Unfit, own_parameters
 from fisher_mergekit.measure.layers.local import Local
-from fisher_mergekit.measure.scaling import (
-    Overflow,
-    all_finite,
-    fitting,
-    halved,
-    is_half,
-    scaled,
-)
+from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
 
 LOG = logging.getLogger(__name__)
@@ -382,38 +375,3 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.taps.call(self.layer, args, kwargs)
-
-
-def add_single_squares(
-    totals: dict[nn.Parameter, Tensor],
-    parameters: Iterable[nn.Parameter],
-    logits: Tensor,
-    start: Tensor,
-    *,
-    scale: float = 1.0,
-    keep_graph: bool = False,
-) -> None:
-    """Add the squared gradient of one example, by plain autograd: the rule that is always right.
-
-    Args:
-        scale: whose square the totals hold.
-    """
-    chosen = list(parameters)
-    if not logits.requires_grad:
-        return  # none of them took part
-    half = is_half(chosen)
-    own = fitting(start) if half else 1.0
-    while True:
-        gradients = torch.autograd.grad(
-            logits,
-            chosen,
-            scaled(start, own, logits.dtype),
-            retain_graph=keep_graph or half,
-            allow_unused=True,
-        )
-        if not half or all_finite(gradients):
-            break
-        own = halved(own)
-    for parameter, gradient in zip(chosen, gradients, strict=True):
-        if gradient is not None:
-            totals[parameter].add_(gradient.float().mul_(scale / own).square_())
