@@ -42,4 +42,5 @@ def add_single_squares(
         own = halved(own)
     for parameter, gradient in zip(chosen, gradients, strict=True):
         if gradient is not None:
-            totals[parameter].add_(gradient.float().mul_(scale / own).square_())
+            # Not in place: gradients of several parameters can be views of one tensor.
+            totals[parameter].add_(gradient.float().mul(scale / own).square_())

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.axes import Axes
 from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, collate
+from fisher_mergekit.measure.causality import check_causal
 from fisher_mergekit.measure.estimators import Estimator
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.plain import add_single_squares
@@ -117,8 +118,13 @@ class Session:
         """Compare batches and rules with plain autograd on single examples.
 
         What differs climbs to the next slower way of measuring it, and is compared again.
+
+        Raises:
+            MeasureError: a language model that sees the tokens that it predicts.
         """
         batch = self._placed(collate(_spread(examples, 3), self.pad_token_id))
+        if self.likelihood.is_causal:
+            check_causal(self._logits, batch, type(self.model).__name__)
         truth: dict[nn.Parameter, Tensor] = {}
         while True:
             logits, start = self._verified_pass(batch)

@@ -30,6 +30,8 @@ class Likelihood(ABC):
     """Whether the empirical estimator needs a label column."""
     has_positions: ClassVar[bool] = False
     """Whether log p is a sum over positions of the logits, so that `unit: token` says something."""
+    is_causal: ClassVar[bool] = False
+    """Whether the logits at a position must not depend on the tokens after it."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -22,6 +22,7 @@ class CausalLM(CategoricalPositions):
     name = "causal_lm"
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     needs_label = False
+    is_causal = True
 
     @classmethod
     def fits(cls, architecture: str, config: Any) -> bool:

@@ -24,6 +24,7 @@ class Seq2SeqLM(CategoricalPositions):
     name = "seq2seq_lm"
     heads = ("ForConditionalGeneration", "MTModel", "EncoderDecoderModel")
     needs_label = False
+    is_causal = True
 
     @classmethod
     def fits(cls, architecture: str, config: Any) -> bool:
