@@ -87,7 +87,7 @@ class Calibration(BaseModel):
     mask_prompt: bool = False
     shuffle: bool = False
     seed: Annotated[int, BeforeValidator(_no_boolean), Field(ge=0)] = 0
-    batch_size: Count = 16
+    batch_size: Count | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     attn_implementation: Attention | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -97,7 +97,8 @@ class Calibration(BaseModel):
 CALIBRATION_KEYS = tuple(Calibration.model_fields)
 _SOURCES = ("text", "choices", "messages", "image")
 """Keys that say what the model reads, of which a model has its own or the recipe's, never both."""
-_COLUMNS = {
+_EXPECTED = {
+    "batch_size": "Expected a number of examples above 0, or auto",
     "text": "Expected a column, or a pair [first, second]",
     "choices": "Expected a column of lists, or a list of columns",
 }
@@ -150,7 +151,7 @@ def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibrati
         lines = []
         for e in error.errors():
             key = str(e["loc"][0])
-            wrong = _COLUMNS.get(key, e["msg"])
+            wrong = _EXPECTED.get(key, e["msg"])
             lines.append(f"{key}: {wrong}, got {merged[key]!r}")
         raise RecipeError(f"{where}: " + "; ".join(dict.fromkeys(lines)) + ".") from None
 

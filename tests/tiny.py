@@ -19,6 +19,7 @@ from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.causal_lm import next_tokens
+from fisher_mergekit.measure.limits import BatchSize
 from fisher_mergekit.measure.session import Session
 from fisher_mergekit.measure.units import unit_for
 
@@ -141,7 +142,7 @@ def measured(
     examples: Sequence[Example],
     estimator: str = "exact",
     *,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     seed: int = 0,
     unit: str = "sequence",
     fast: bool = True,

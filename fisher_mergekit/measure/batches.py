@@ -6,7 +6,7 @@ the padding change nothing of the result beyond rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,11 +150,20 @@ def by_length(examples: Sequence[Example]) -> list[Example]:
     return sorted(examples, key=lambda e: (-len(e), e.number))
 
 
-def batches(examples: Sequence[Example], size: int, pad_token_id: int) -> Iterator[Batch]:
-    """Yield all examples, longest first, `size` at a time; a batch is of one form."""
+def batches(
+    examples: Sequence[Example], count: Callable[[Example], int], pad_token_id: int
+) -> Iterator[Batch]:
+    """Yield all examples, longest first; a batch is of one form.
+
+    Args:
+        count: how many examples a batch has, of which the given one is the longest.
+    """
     forms: dict[object, list[Example]] = {}
     for example in by_length(examples):
         forms.setdefault(example.form, []).append(example)
     for alike in forms.values():
-        for start in range(0, len(alike), size):
-            yield collate(alike[start : start + size], pad_token_id)
+        start = 0
+        while start < len(alike):
+            stop = start + count(alike[start])
+            yield collate(alike[start:stop], pad_token_id)
+            start = stop

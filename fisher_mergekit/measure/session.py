@@ -30,6 +30,7 @@ from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, 
 from fisher_mergekit.measure.causality import check_causal
 from fisher_mergekit.measure.estimators import Estimator
 from fisher_mergekit.measure.likelihoods.base import Likelihood
+from fisher_mergekit.measure.limits import BatchSize, Limit
 from fisher_mergekit.measure.plain import add_single_squares
 from fisher_mergekit.measure.taps import Irregular, Taps
 from fisher_mergekit.measure.units import Unit, sequence
@@ -38,6 +39,10 @@ LOG = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.2, torch.float16: 0.05}
 """Relative difference, by the model's dtype, above which a rule and plain autograd disagree."""
+_LESS_MEMORY = (
+    "Less is needed with `gradient_checkpointing: true`, with `max_length` cut, and with "
+    "`dtype: bfloat16`."
+)
 
 
 @dataclass
@@ -82,23 +87,38 @@ class Session:
     def run(
         self,
         examples: Sequence[Example],
-        batch_size: int,
+        batch_size: BatchSize,
         advance: Callable[[int], Any] = lambda count: None,
     ) -> dict[nn.Parameter, Tensor]:
         """Return the diagonal Fisher of the parameters, float32, the mean over the examples.
 
         Args:
             examples: tokenised calibration data, at least one.
-            batch_size: changes speed and memory only.
-            advance: called with the number of examples after each batch.
+            batch_size: examples, or `auto`; changes speed and memory only.
+            advance: called with the number of examples after each batch, and with minus what
+                was done when it begins again with smaller batches.
 
         Raises:
-            MeasureError: a gradient is not finite, or all of them are zero.
+            MeasureError: a gradient is not finite, or all of them are zero; or the device has not
+                memory enough.
         """
-        self.verify(examples)
-        for batch in batches(examples, batch_size, self.pad_token_id):
-            self._add_batch(self._placed(batch))
-            advance(len(batch))
+        try:
+            self.verify(examples)
+        except torch.OutOfMemoryError:
+            raise MeasureError(
+                f"memory runs out on {self.device} while the rules are verified on three examples. "
+                f"{_LESS_MEMORY}"
+            ) from None
+        limit = Limit.of(batch_size, self.device).at_most(self._taps.most_examples)
+        while (failed := self._add_all(examples, limit, advance)) is not None:
+            smaller = limit.halved(failed)
+            if smaller is None:
+                raise MeasureError(
+                    f"memory runs out on {self.device} with a batch of {len(failed)}. "
+                    f"{'' if len(failed) == 1 else 'Use `batch_size: auto`. '}{_LESS_MEMORY}"
+                )
+            LOG.info("Memory runs out with %s tokens a batch: %s.", limit.tokens, smaller.tokens)
+            limit = smaller
         totals = self._taps.totals
         if not any(total.any() for total in totals.values()):
             raise MeasureError(
@@ -113,6 +133,26 @@ class Session:
                     "in float32 (`dtype: float32`)."
                 )
         return totals
+
+    def _add_all(
+        self, examples: Sequence[Example], limit: Limit, advance: Callable[[int], Any]
+    ) -> Batch | None:
+        """Add the squares of all examples; return a batch that is too large, nothing added then.
+
+        The batches before it are given up too, rather than any square counted twice. They are few:
+        the longest examples come first.
+        """
+        done = 0
+        for batch in batches(examples, limit.count, self.pad_token_id):
+            try:
+                self._add_batch(self._placed(batch))
+            except torch.OutOfMemoryError:
+                self._taps.clear()
+                advance(-done)
+                return batch
+            advance(len(batch))
+            done += len(batch)
+        return None
 
     def verify(self, examples: Sequence[Example]) -> None:
         """Compare batches and rules with plain autograd on single examples.
@@ -150,8 +190,7 @@ class Session:
                     )
                 )
             ]
-            for total in totals.values():
-                total.zero_()
+            self._taps.clear()
             for name, parameter in wrong:
                 self._taps.climb(parameter, name, "its layer's rule does not hold in this model")
             if not wrong:
@@ -182,8 +221,7 @@ class Session:
                 self._taps.backward(logits, start, keep_graph=False)
                 return logits.detach(), start
             except Irregular:
-                for total in self._taps.totals.values():
-                    total.zero_()
+                self._taps.clear()
 
     def _placed(self, batch: Batch) -> Batch:
         return batch.to(self.device, next(self.model.parameters()).dtype)

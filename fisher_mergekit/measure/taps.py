@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -139,6 +140,17 @@ class Taps:
         """Names of the parameters whose module, or its parent, runs again for each example."""
         local = {p for x in self._layers.values() if _is_local(x) for p in x.parameters.values()}
         return [name for name, p in self.model.named_parameters() if p in local]
+
+    @property
+    def most_examples(self) -> float:
+        """How many examples a batch may have for the rules that hold something of each of them."""
+        return min((x.rule.most_examples(x.parameters) for x in self._layers.values()), default=inf)
+
+    def clear(self) -> None:
+        """Forget all squares."""
+        self._pending.clear()
+        for total in self.totals.values():
+            total.zero_()
 
     def loosen(self, parameter: nn.Parameter, name: str, reason: str) -> None:
         """Leave a parameter to the loop over single examples, and say so."""

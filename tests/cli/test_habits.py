@@ -137,6 +137,14 @@ class TestRecipes:
         ("calibration", "phrase"),
         [
             ({"examples": True}, "examples: Value error, Input should be a number, got True"),
+            (
+                {"batch_size": True},
+                "batch_size: Expected a number of examples above 0, or auto, got",
+            ),
+            (
+                {"batch_size": 2.5},
+                "batch_size: Expected a number of examples above 0, or auto, got",
+            ),
             ({"seed": -1}, "seed: Input should be greater than or equal to 0, got -1"),
             ({"text": ["a"]}, "text: Expected a column, or a pair [first, second], got ['a']"),
             ({"text": 5}, "text: Expected a column, or a pair [first, second], got 5"),

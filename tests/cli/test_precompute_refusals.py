@@ -49,7 +49,12 @@ class TestBadInput:
                 "needs labels, and example 7 has none",
             ),
             (ROWS, ["--examples", "0"], "examples: Input should be greater than 0"),
-            (ROWS, ["--batch-size", "0"], "batch_size: Input should be greater than 0"),
+            (
+                ROWS,
+                ["--batch-size", "0"],
+                "batch_size: Expected a number of examples above 0, or auto, got '0'.",
+            ),
+            (ROWS, ["--batch-size", "all"], "examples above 0, or auto, got 'all'."),
             (ROWS, ["--split", "test"], "split 'test'"),
             (ROWS, ["--messages", "text"], "text:"),
             (ROWS, ["--mask-prompt"], "mask_prompt needs to know the prompt"),

@@ -115,7 +115,7 @@ class TestSampled:
 class TestBatches:
     def test_every_example_is_in_one_batch_once_and_the_longest_come_first(self):
         examples = tiny.ragged(23)
-        found = [batch.numbers for batch in batches(examples, 4, pad_token_id=0)]
+        found = [batch.numbers for batch in batches(examples, lambda longest: 4, pad_token_id=0)]
         assert sorted(sum(found, ())) == list(range(23))
         lengths = [len(examples[number]) for numbers in found for number in numbers]
         assert lengths == sorted(lengths, reverse=True)
@@ -150,7 +150,7 @@ class TestBatches:
             tiny.Example(n, {"input_ids": torch.ones(1, 2 + n % 3, n, dtype=torch.long)})
             for n in range(5, 12)
         ]
-        found = list(batches(examples, 4, pad_token_id=0))
+        found = list(batches(examples, lambda longest: 4, pad_token_id=0))
         assert sorted(number for batch in found for number in batch.numbers) == list(range(12))
         for batch in found:
             assert len({example.form for example in batch.examples}) == 1

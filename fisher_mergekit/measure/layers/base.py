@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import inf
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -43,6 +45,10 @@ class Layer(ABC):
             Unfit: it is called in a way that this rule does not cover.
             NoExamples: its input has no axis of examples.
         """
+
+    def most_examples(self, parameters: Mapping[str, nn.Parameter]) -> float:
+        """Return how many examples it can treat at a time."""
+        return inf
 
 
 class OneInput(Layer):

@@ -34,7 +34,7 @@ class Local(Layer):
         readings = {i: site.layer.read(site.axes, i, leaves[i]) for i in places}
         if not any(reading not in (None, SHARED) for reading in readings.values()):
             raise NoExamples
-        if site.axes.examples * max(p.numel() for p in site.parameters.values()) > MOST_ELEMENTS:
+        if site.axes.examples > self.most_examples(site.parameters):
             raise Unfit("it is too large to be held once for each example")
         outputs, out_spec = tree_flatten(site.forward(*args, **kwargs))
         tapped = [
@@ -74,6 +74,9 @@ class Local(Layer):
         for i, y in zip(tapped, passed, strict=True):
             outputs[i] = y
         return tree_unflatten(outputs, out_spec)
+
+    def most_examples(self, parameters: Mapping[str, nn.Parameter]) -> float:
+        return MOST_ELEMENTS // max(p.numel() for p in parameters.values())
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
