@@ -118,6 +118,7 @@ def measure(architecture: str, folder: Path) -> list[Example]:
         reference=str(folder),
         revision=None,
         folder=folder,
+        tokenizer=folder,
         present=folder / "sidecar",
         out=folder / "sidecar",
         kind="fisher",
