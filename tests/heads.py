@@ -269,7 +269,7 @@ HEADS = {
     ),
     # Its output bias belongs to two modules, one of which has no layer's rule.
     "masked words": Head(
-        "BertForMaskedLM", _BERT, masked_words, at_positions, None, fast=False
+        "BertForMaskedLM", _BERT, masked_words, at_positions, None
     ),
     "masked words of DistilBERT": Head(
         "DistilBertForMaskedLM", FAMILIES["distilbert"][1], masked_words, at_positions, None
@@ -277,7 +277,7 @@ HEADS = {
     "translation": Head(
         "T5ForConditionalGeneration",
         FAMILIES["t5"][1] | {"decoder_start_token_id": 2, "pad_token_id": tiny.PAD},
-        translations, at_positions, None, fast=False,
+        translations, at_positions, None,
     ),
     "translation of BART": Head(
         "BartForConditionalGeneration", _BART, translations, at_positions, None

@@ -60,7 +60,6 @@ def build(architecture: str, sizes: dict, **config: object) -> nn.Module:
     model_class = getattr(transformers, architecture)
     torch.manual_seed(0)  # some layers draw their first values themselves
     model = model_class(model_class.config_class(**{**sizes, **config})).eval()
-    model.config.use_cache = False
     return perturbed(model)
 
 

@@ -73,10 +73,6 @@ class Axes:
             return x
         return x.reshape(self.examples, len(x) // self.examples, *x.shape[1:])
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Repeat one row that holds for all examples: a row for each of them."""
-        return x.expand(self.rows, *x.shape[1:]) if len(x) == 1 and self.rows > 1 else x
-
     def part(self, x: Tensor, example: int, reading: Reading | None) -> Tensor:
         """Return what one example alone would have; None reads a tensor as a constant."""
         if reading is None or reading == SHARED:

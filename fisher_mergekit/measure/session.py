@@ -71,6 +71,10 @@ class Session:
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
+        for module in self.model.modules():  # an encoder and a decoder have configurations apart
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "use_cache"):
+                config.use_cache = False  # keys and values for later tokens, of which are none
         self._taps = Taps(self.model, self.parameters)
 
     @property
@@ -176,8 +180,8 @@ class Session:
             totals, unreached = self._taps.totals, self._taps.unreached()
             noise = max(_rms(square) for square in truth.values()) * rounding**2
             wrong = [
-                (name, parameter)
-                for name, parameter in self._measured()
+                parameter
+                for _, parameter in self._measured()
                 if parameter not in self._taps.loose
                 and (
                     # However small: where no module was called, nothing is measured later either.
@@ -191,8 +195,8 @@ class Session:
                 )
             ]
             self._taps.clear()
-            for name, parameter in wrong:
-                self._taps.climb(parameter, name, "its layer's rule does not hold in this model")
+            for parameter in wrong:
+                self._taps.climb(parameter, "its layer's rule does not hold in this model")
             if not wrong:
                 self._taps.seal()
                 return
@@ -231,8 +235,8 @@ class Session:
         return [(n, p) for n, p in self.model.named_parameters() if p in self._taps.totals]
 
     def _loosen_all(self, reason: str) -> None:
-        for name, parameter in self._measured():
-            self._taps.loosen(parameter, name, reason)
+        for _, parameter in self._measured():
+            self._taps.loosen(parameter, reason)
 
     def _add_batch(self, batch: Batch) -> None:
         """Add the squares of one batch to the totals."""

@@ -63,6 +63,13 @@ class Site:
     forward: Forward
     axes: Axes
 
+    def spread(self, x: Tensor) -> Tensor:
+        """Repeat one row that holds for all examples: a row for each of them."""
+        if len(x) != 1 or self.axes.rows == 1:
+            return x
+        self.layer.is_spread = True
+        return x.expand(self.axes.rows, *x.shape[1:])
+
     def tap(self, forward: Forward, backward: Backward, *tensors: Tensor, saved: Any = None) -> Any:
         """Run `forward` on tensors, and `backward` when their gradients are asked for.
 

@@ -234,7 +234,6 @@ def _settled(
     device: str | torch.device,
 ) -> Subject:
     """Return a loaded model as a subject, once it is seen to hold what its files hold."""
-    model.config.use_cache = False
     _settle_padding(model.config, tokenizer)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in groups:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
-from fisher_mergekit.measure.axes import SHARED, Axes, NoExamples, Reading
+from fisher_mergekit.measure.axes import Axes, NoExamples, Reading
 from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
-from fisher_mergekit.measure.layers.base import Layer, OneInput, Unfit, own_parameters
+from fisher_mergekit.measure.layers.base import Layer, Unfit, own_parameters
 from fisher_mergekit.measure.layers.local import Local
 from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
@@ -48,6 +48,7 @@ class TappedLayer:
         calls: in the last forward pass.
         readings: how the first axis of each input was read while the rules were verified.
         settled: verified; from now on a reading has to fit those.
+        is_spread: the rule made a row an example of one row for all of them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TappedLayer:
     calls: int = 0
     readings: dict[int, list[set[Reading]]] = field(default_factory=dict)
     settled: bool = False
+    is_spread: bool = False
     original: Any = field(init=False)
     forward: Callable[..., Any] = field(init=False)
 
@@ -85,13 +87,6 @@ class TappedLayer:
                 return None
         raise NoExamples
 
-    @property
-    def is_spread(self) -> bool:
-        """Whether the rule made a row an example of one row for all of them."""
-        return isinstance(self.rule, OneInput) and any(
-            SHARED in found for known in self.readings.values() for found in known
-        )
-
 
 class Taps:
     """All parameters to measure, their layers, and the accumulators that the rules add to.
@@ -115,6 +110,7 @@ class Taps:
         self.totals = {p: torch.zeros_like(p, dtype=torch.float32) for p in chosen}
         self.loose: dict[nn.Parameter, str] = {}
         self.scale = 1.0
+        self._names = {p: name for name, p in model.named_parameters()}
         self._is_half = is_half(chosen)
         self._added: set[nn.Parameter] = set()
         self._layers: dict[str, TappedLayer] = {}
@@ -130,10 +126,22 @@ class Taps:
                 owners[parameter] = owners.get(parameter, 0) + 1
             if own and name:
                 self._layers[name] = TappedLayer(name, module, layer_for(module), own)
-            for short, parameter in own.items() if not name else ():
-                self.loosen(parameter, short, "the whole model owns it")
+            for parameter in own.values() if not name else ():
+                self.loosen(parameter, "the whole model owns it")
         # A tensor that two modules own (a tied head) gets its gradient from both.
         self._shared |= {p for p, count in owners.items() if count > 1}
+        self._leave_to_children()
+
+    def _leave_to_children(self) -> None:
+        """Measure what a module with a rule owns there alone, not in a container that also does.
+
+        A masked language model's head holds its decoder's bias, and lets the decoder add it.
+        """
+        layers = list(self._layers.values())
+        ruled = {p for x in layers if not _is_local(x) for p in x.parameters.values()}
+        for layer in filter(_is_local, layers):
+            for short in [n for n, p in layer.parameters.items() if p in ruled]:
+                self._remove(layer, short)
 
     @property
     def again(self) -> list[str]:
@@ -152,17 +160,18 @@ class Taps:
         for total in self.totals.values():
             total.zero_()
 
-    def loosen(self, parameter: nn.Parameter, name: str, reason: str) -> None:
+    def loosen(self, parameter: nn.Parameter, reason: str) -> None:
         """Leave a parameter to the loop over single examples, and say so."""
         if parameter in self.loose:
             return
+        name = self._names[parameter]
         LOG.warning("%s is measured one example at a time: %s.", name, reason)
         self.loose[parameter] = name
         for layer in list(self._layers.values()):
             for short in [n for n, p in layer.parameters.items() if p is parameter]:
                 self._remove(layer, short)
 
-    def climb(self, parameter: nn.Parameter, name: str, reason: str) -> None:
+    def climb(self, parameter: nn.Parameter, reason: str) -> None:
         """Measure a parameter in the next slower way."""
         homes = [
             (layer, short)
@@ -173,7 +182,7 @@ class Taps:
         if len(homes) == 1:
             self._climb(*homes[0], reason)
         else:
-            self.loosen(parameter, name, reason)
+            self.loosen(parameter, reason)
 
     def _climb(self, layer: TappedLayer, short: str, reason: str) -> None:
         parameter = layer.parameters[short]
@@ -183,7 +192,7 @@ class Taps:
             name, path = ("", "") if "." in short else (parent, f"{own}.{short}")
         home = self._layers.get(name)
         if self._sealed or not name or not (home is None or home is layer or _is_local(home)):
-            self.loosen(parameter, f"{layer.name}.{short}", reason)
+            self.loosen(parameter, reason)
             return
         LOG.info("%s.%s: %s; %s runs again for each example.", layer.name, short, reason, name)
         self._remove(layer, short)
@@ -257,7 +266,7 @@ class Taps:
                     raise
                 # A row an example where the model wants one row for all of them.
                 for layer in suspects:
-                    self._climb_all(layer, "its input is one row for all examples")
+                    self._climb_all(layer, "it has one row for all examples")
                 raise Irregular from error
 
     def backward(self, logits: Tensor, start: Tensor, *, keep_graph: bool) -> None:
@@ -307,8 +316,7 @@ class Taps:
         except MeasureError as error:  # contributions that cannot meet before the square
             if self._sealed:
                 raise
-            name = next(n for n, p in self.model.named_parameters() if p is parameter)
-            self.loosen(parameter, name, error.message.rstrip("."))
+            self.loosen(parameter, error.message.rstrip("."))
             raise Irregular from error
 
     def call(self, layer: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -235,6 +235,61 @@ class RelativePositions(Odd):
         return self.attention(x, mask=mask)
 
 
+class Handing(Biased):
+    """The same, handing its bias on for later layers to use, as T5 does."""
+
+    def forward(self, x, mask):
+        place = torch.arange(x.shape[1])
+        bias = self.distance(place[:, None] - place[None, :] + 20).permute(2, 0, 1)
+        scores = self.project(x) @ x.mT + bias + (mask.mT - 1) * 1e9
+        return scores.softmax(-1) @ x, bias
+
+
+class RelativePositionsHandedOn(Odd):
+    """One row for all examples comes out of the module that runs again."""
+
+    again = ("attention.distance.weight",)
+
+    def add_odd(self):
+        self.attention = Handing()
+
+    def odd(self, x, mask, ids):
+        x, bias = self.attention(x, mask=mask)
+        return (x @ x.mT + bias + (mask.mT - 1) * 1e9).softmax(-1) @ x
+
+
+class Container(nn.Module):
+    """Holds its child's bias, and lets the child add it, as masked language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.bias = self.project.bias
+
+    def forward(self, x):
+        return self.project(x)
+
+
+class HeldTwice(Odd):
+    def add_odd(self):
+        self.container = Container()
+
+    def odd(self, x, mask, ids):
+        return self.container(x).tanh()
+
+
+class HeldAndUsedTwice(Odd):
+    """The container adds it once more: the child's rule alone does not hold."""
+
+    loose = ("container.bias",)
+
+    def add_odd(self):
+        self.container = Container()
+
+    def odd(self, x, mask, ids):
+        return (self.container(x) + self.container.bias).tanh()
+
+
 class Convolutions(Odd):
     """Over tokens, causal: one for each feature, and a full one on twofold rows."""
 

@@ -64,7 +64,7 @@ class OneInput(Layer):
         axes, reading = site.axes, site.layer.read(site.axes, 0, given[0])
         if reading is None:
             raise NoExamples
-        x = axes.spread(given[0])
+        x = site.spread(given[0])
         shape = x.shape  # not x itself, which a checkpointed layer must be able to let go
 
         def backward(saved: Any, gradients: Any) -> Any:

@@ -42,6 +42,7 @@ class Local(Layer):
         ]
         for i in tapped:
             if site.axes.rows > 1 and ROWS not in site.axes.readings(outputs[i]):
+                outputs[i] = site.spread(outputs[i])
                 site.axes.by_example(outputs[i])
         inputs = [leaves[i] for i in places]
         # Not the tensors themselves, which a checkpointed layer must be able to let go.
