@@ -229,11 +229,12 @@ def _compared(
 def _is_zero(architecture: str, name: str) -> bool:
     """Whether a gradient is zero on paper: what shifts all numbers of a softmax moves nothing.
 
-    So do the bias of attention keys, and that of a choice's number.
+    So do the bias of attention keys, and that of a choice's number; and an `expert_bias` only
+    decides which experts are asked.
     """
     if architecture.endswith("ForMultipleChoice") and name == "classifier.bias":
         return True
-    return re.search(r"(key|k_lin|k_proj|attn\.k)\.bias$", name) is not None
+    return re.search(r"((key|k_lin|k_proj|attn\.k)\.bias|expert_bias)$", name) is not None
 
 
 def loop(model: nn.Module, examples: Sequence[Example]) -> oracles.Fishers:

@@ -106,6 +106,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
     },
     "Glm4ForCausalLM": _HEADED,
+    "AfmoeForCausalLM": _HEADED
+    | {"num_experts": 3, "num_experts_per_tok": 2, "num_shared_experts": 1}
+    | {"moe_intermediate_size": 8, "num_dense_layers": 1, "sliding_window": 4},
     "Glm4MoeForCausalLM": _HEADED
     | _MOE
     | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -236,11 +239,13 @@ _REMOTE = (
 )
 ABSENT: dict[tuple[str, str], str] = {
     **dict.fromkeys(_REMOTE, "not in transformers: its code comes with the model"),
-    ("afmoe_partial.json", "_AfmoePartialForCausalLM"): "no model: a part of mergekit's own AFMoE",
     ("llama.json", "LLaMaForCausalLM"): "not in transformers: an old spelling of the one above",
     ("phi2-old.json", "PhiForCausalLM"): "model_type phi-msft is not in transformers: see phi2",
 }
 """Entries of the list of which transformers has no class, and why."""
+
+COMPLETED = {"_AfmoePartialForCausalLM": "AfmoeForCausalLM"}
+"""Files that hold a part of an architecture, to which mergekit adds the experts."""
 
 SEEDS = {"Gemma3ForConditionalGeneration": 2}
 """Other first seeds, where float32 itself (plain autograd, one example at a time) is off by more
@@ -283,10 +288,10 @@ REMARKS = {
     "ViTForImageClassification": "pictures",
     "WhisperForConditionalGeneration": "sounds",
     **dict.fromkeys(
-        ("Glm4MoeForCausalLM", "GraniteMoeHybridForCausalLM", "MixtralForCausalLM"),
+        ("AfmoeForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeHybridForCausalLM"),
         "packed experts",
     ),
-    "Qwen3MoeForCausalLM": "packed experts",
+    **dict.fromkeys(("MixtralForCausalLM", "Qwen3MoeForCausalLM"), "packed experts"),
 }
 """What else the table says of a model that is measured."""
 
@@ -319,6 +324,7 @@ def entries() -> Iterator[Entry]:
     for path in sorted(FOLDER.glob("*.json")):
         definition = json.loads(path.read_text(encoding="utf-8"))
         for architecture in definition["architectures"]:
+            architecture = COMPLETED.get(architecture, architecture)
             yield Entry(path.name, architecture, definition["model_type"])
     for architecture in INFERRED:
         yield Entry("", architecture)
