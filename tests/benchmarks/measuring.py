@@ -1,95 +1,195 @@
-"""What measuring costs: the Fisher of MiniLM against an ordinary training step on the same batches.
+"""What measuring costs: the Fisher against an ordinary training step on the same batch, and peers.
 
-    python tests/benchmarks/measuring.py
+    python tests/benchmarks/measuring.py              # everything: a quarter of an hour
+    python tests/benchmarks/measuring.py --only MiniLM --ways step Fisher --rounds 15
 
-One table. Each row is one length, batch 16, two classes; the three columns are timed in turn, round
-by round, so that a noisy machine is noisy for all of them. Ratios are medians over the rounds.
-Needs the `demo` extra (the model).
+One table. A row is one model and one length; the columns are `ways/`: an ordinary forward and
+backward pass without optimizer (`step`), fisher_mergekit with the head's default estimator
+(`Fisher`: exact for classifiers, sampled for language models) and with the labels (`empirical`),
+and what measures the latter elsewhere: the loop over single examples and three libraries.
+
+They are timed in turn, round by round, in one process, so that a noisy machine is noisy for all of
+them. With one thread the clock is the process's CPU time, otherwise the one on the wall. Of each
+round's ratio to the step the median is shown, and below it the ratio of the fastest passes. Peak
+memory is that above the loaded model, in processes of their own (`memory.py`), of going over the
+batch and of preparing for that, as our verifying of the rules; its aim is the step's and one
+accumulator, 4 bytes a parameter. `covered` is how many of the parameters
+there is a result for, and `error` how far it is from the loop's, over all that is covered,
+‖F - F_loop‖ / ‖F_loop‖. Needs the `demo` extra (the model), and `benchmark` for the libraries.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import logging
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForSequenceClassification
+import transformers
+from cases import Case, cases, smoke_cases
+from memory import Peaks, peaks
+from torch import Tensor
+from ways import WAYS, Loop, Step, Unable, Way
 
-from fisher_mergekit.measure.batches import Example, collate
-from fisher_mergekit.measure.estimators import estimator_for
-from fisher_mergekit.measure.likelihoods import likelihood_for
-from fisher_mergekit.measure.session import Session
-from fisher_mergekit.study.tasks import minilm
-
-BATCH = 16
+WIDTHS = (31, 13)
 
 
-def main() -> None:
+@dataclass
+class Row:
+    """What was found out about one case; all by the title of the way."""
+
+    case: Case
+    parameters: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, Peaks | None] = field(default_factory=dict)
+    covered: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 256])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
-    session = Session(
-        model=model,
-        likelihood=likelihood_for("BertForSequenceClassification"),
-        estimator=estimator_for("exact"),
-        seed=0,
-        pad_token_id=0,
-        device=torch.device("cpu"),
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    titles = [way.title for way in WAYS]
+    parser.add_argument("--rounds", type=int, default=15, help="at most (default: 15)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for a row's rounds; 2 in any case (default: 60)"
     )
-    print(f"MiniLM-L6, batch {BATCH}, {arguments.threads} threads, {arguments.rounds} rounds")
-    print("tokens   step (s)   Fisher / step   batch-1 loop / step")
-    for length in arguments.lengths:
-        ids = torch.randint(1000, 20000, (BATCH, 1, length))
-        examples = [
-            Example(n, {"input_ids": row}, outcome=torch.tensor(n % 2)) for n, row in enumerate(ids)
-        ]
-        session.verify(examples)
-        batch = collate(examples, 0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--ways", nargs="+", choices=titles, default=titles)
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--smoke", action="store_true", help="does it run? tiny models")
+    options = parser.parse_args(arguments)
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # the peers' and torch's, about each other
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
 
-        def step(batch=batch) -> None:
-            model.requires_grad_(True)
-            model.zero_grad(set_to_none=False)
-            model(**batch.inputs, labels=batch.outcome).loss.backward()
+    ways = [way for way in WAYS if way is Step or way.title in options.ways]
+    chosen = [
+        case for case in (smoke_cases if options.smoke else cases)() if options.only in case.name
+    ]
+    # First the memory: a process can only be forked before torch has threads.
+    memory: list[dict[str, Peaks | None]] = [
+        {} if options.no_memory else {way.title: peaks(case, way) for way in shown(case, ways)}
+        for case in chosen
+    ]
+    clock = "CPU time" if options.threads == 1 else "wall clock"
+    print(f"{clock}, threads: {options.threads}, torch {torch.__version__}\n")
+    print(
+        "".join(text.rjust(WIDTHS[1]) for text in ("aim", *(w.title for w in ways))).rjust(
+            WIDTHS[0] + WIDTHS[1] * (len(ways) + 1)
+        )
+    )
+    notes: dict[str, None] = {}
+    while chosen:  # a model is let go before the next one comes
+        row = measure(chosen.pop(0), ways, options.rounds, options.seconds, options.threads)
+        row.memory = memory.pop(0)
+        print(*lines(row, ways), sep="\n", flush=True)
+        notes.update(dict.fromkeys(row.notes))
+    print(*(f"* {note}" for note in notes), sep="\n")
 
-        def fisher(batch=batch) -> None:
-            model.requires_grad_(False)
-            session._add_batch(batch)
 
-        def loop(batch=batch) -> None:
-            model.requires_grad_(True)
-            for index in range(BATCH):
-                single = batch.single(index)
-                loss = model(**single.inputs, labels=single.outcome).loss
-                for gradient in torch.autograd.grad(loss, list(model.parameters())):
-                    gradient.square_()
-
-        times = timed([step, fisher, loop], arguments.rounds)
-        ratios = [
-            statistics.median(a / b for a, b in zip(column, times[0], strict=True))
-            for column in times[1:]
-        ]
-        middle = statistics.median(times[0])
-        print(f"{length:6}   {middle:8.3f}   {ratios[0]:13.2f}   {ratios[1]:19.2f}", flush=True)
+def shown(case: Case, ways: Sequence[type[Way]]) -> Iterator[type[Way]]:
+    """Yield the ways that the row shows: more classes are about our own exact estimator only."""
+    for way in ways:
+        if not (way.is_peer and case.classes > 2):
+            yield way
 
 
-def timed(functions: list[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Return each function's seconds in every round, after one round that is not counted."""
-    times: list[list[float]] = [[] for _ in functions]
-    for round_ in range(rounds + 1):
-        for column, function in zip(times, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            if round_:
-                column.append(time.perf_counter() - start)
+def measure(
+    case: Case, ways: Sequence[type[Way]], rounds: int, seconds: float, threads: int
+) -> Row:
+    """Prepare all ways, compare what the first pass says, and time the next ones."""
+    row = Row(case, sum(p.numel() for p in case.model.parameters()))
+    ready: list[Way] = []
+    for way in shown(case, ways):
+        try:
+            prepared = way(case)
+            prepared.run()
+        except Unable as failure:
+            row.notes.append(f"{way.title}, {case.model_name}: {failure}.")
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            NotImplementedError,
+        ) as failure:
+            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            row.notes.append(f"{way.title}, {case.model_name}: it fails with {reason[:150]}")
+        else:
+            ready.append(prepared)
+            row.notes += [f"{way.title}, {case.model_name}: {note}." for note in prepared.notes()]
+    truth = next((way.squares() for way in ready if isinstance(way, Loop)), {})
+    for way in ready:
+        squares = way.squares()
+        if not isinstance(way, Step):
+            row.covered[way.title] = sum(x.numel() for x in squares.values()) / row.parameters
+        if way.is_peer and truth and not isinstance(way, Loop):
+            row.errors[way.title] = error(squares, truth)
+    row.seconds = timed(
+        ready, rounds, seconds, time.process_time if threads == 1 else time.perf_counter
+    )
+    del ready
+    gc.collect()
+    return row
+
+
+def error(squares: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Return the relative error over all tensors of `squares` together."""
+    off = sum(float((x - truth[name]).double().square().sum()) for name, x in squares.items())
+    norm = sum(float(truth[name].double().square().sum()) for name in squares)
+    return (off / norm) ** 0.5
+
+
+def timed(ways: Sequence[Way], rounds: int, seconds: float, clock) -> dict[str, list[float]]:
+    """Return each way's seconds in every round; their first pass is behind them."""
+    times: dict[str, list[float]] = {way.title: [] for way in ways}
+    end = time.perf_counter() + seconds
+    for number in range(rounds):
+        if number >= 2 and time.perf_counter() > end:
+            break
+        for way in ways:
+            start = clock()
+            way.run()
+            times[way.title].append(clock() - start)
     return times
+
+
+def lines(row: Row, ways: Sequence[type[Way]]) -> Iterator[str]:
+    """Yield the lines of the table."""
+    step, case = row.seconds[Step.title], row.case
+    yield ""
+    yield f"{case.name} ({row.parameters / 1e6:.1f}M parameters; step {statistics.median(step):.3f} s, {len(step)} rounds)"
+
+    def line(label: str, aim: str, cells: dict[str, str]) -> str:
+        texts = [aim, *(cells.get(way.title, "-") for way in ways)]
+        return f"  {label}".ljust(WIDTHS[0]) + "".join(text.rjust(WIDTHS[1]) for text in texts)
+
+    passes = max(1, case.classes - 1)
+    limit = (1.2 if case.tokens < 64 else 1.05) * (1 + 2 * passes) / 3
+    medians = {
+        title: statistics.median(a / b for a, b in zip(found, step, strict=True))
+        for title, found in row.seconds.items()
+    }
+    fastest = {title: min(found) / min(step) for title, found in row.seconds.items()}
+    yield line("time / step", f"{limit:.2f}", {t: f"{x:.2f}" for t, x in medians.items()})
+    yield line("  fastest / fastest", "", {t: f"{x:.2f}" for t, x in fastest.items()})
+    known = {title: x for title, x in row.memory.items() if x is not None}
+    if Step.title in known:
+        aim = f"{known[Step.title].running + 4 * row.parameters / 2**20:.0f}"
+        yield line("peak memory (MiB)", aim, {t: f"{x.running:.0f}" for t, x in known.items()})
+        yield line("  preparing", aim, {t: f"{x.preparing:.0f}" for t, x in known.items()})
+    yield line("covered (%)", "100", {t: f"{100 * x:.1f}" for t, x in row.covered.items()})
+    yield line("error", "", {t: f"{x:.0e}" for t, x in row.errors.items()})
 
 
 if __name__ == "__main__":
