@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from torch import Tensor
+
 from cases import Case, cases, smoke_cases
 from memory import Peaks, peaks
-from torch import Tensor
-from ways import WAYS, Loop, Step, Unable, Way
+from ways import WAYS, Library, Loop, Step, Unable, Way
 
 WIDTHS = (31, 13)
 
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def shown(case: Case, ways: Sequence[type[Way]]) -> Iterator[type[Way]]:
     """Yield the ways that the row shows: more classes are about our own exact estimator only."""
     for way in ways:
-        if not (way.is_peer and case.classes > 2):
+        if not (way.takes_labels and case.classes > 2):
             yield way
 
 
@@ -111,29 +112,26 @@ def measure(
     row = Row(case, sum(p.numel() for p in case.model.parameters()))
     ready: list[Way] = []
     for way in shown(case, ways):
+        where = f"{way.title}, {case.model_name}"
         try:
             prepared = way(case)
             prepared.run()
-        except Unable as failure:
-            row.notes.append(f"{way.title}, {case.model_name}: {failure}.")
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            NotImplementedError,
-        ) as failure:
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            row.notes.append(f"{way.title}, {case.model_name}: it fails with {reason[:150]}")
+        except Unable as reason:
+            row.notes.append(f"{where}: {reason}.")
+        except Exception as reason:
+            if not issubclass(way, Library):
+                raise
+            said = f"{type(reason).__name__}: {reason}".splitlines()[0]
+            row.notes.append(f"{where}: it fails with {said[:150]}")
         else:
             ready.append(prepared)
-            row.notes += [f"{way.title}, {case.model_name}: {note}." for note in prepared.notes()]
+            row.notes += [f"{where}: {note}." for note in prepared.notes()]
     truth = next((way.squares() for way in ready if isinstance(way, Loop)), {})
     for way in ready:
         squares = way.squares()
         if not isinstance(way, Step):
             row.covered[way.title] = sum(x.numel() for x in squares.values()) / row.parameters
-        if way.is_peer and truth and not isinstance(way, Loop):
+        if way.takes_labels and truth and not isinstance(way, Loop):
             row.errors[way.title] = error(squares, truth)
     row.seconds = timed(
         ready, rounds, seconds, time.process_time if threads == 1 else time.perf_counter
@@ -168,7 +166,8 @@ def lines(row: Row, ways: Sequence[type[Way]]) -> Iterator[str]:
     """Yield the lines of the table."""
     step, case = row.seconds[Step.title], row.case
     yield ""
-    yield f"{case.name} ({row.parameters / 1e6:.1f}M parameters; step {statistics.median(step):.3f} s, {len(step)} rounds)"
+    seconds = f"step {statistics.median(step):.3f} s, {len(step)} rounds"
+    yield f"{case.name} ({row.parameters / 1e6:.1f}M parameters; {seconds})"
 
     def line(label: str, aim: str, cells: dict[str, str]) -> str:
         texts = [aim, *(cells.get(way.title, "-") for way in ways)]

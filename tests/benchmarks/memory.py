@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+
 from cases import Case
 from ways import Way
 

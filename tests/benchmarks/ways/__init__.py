@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ways.base import Unable, Way
+from ways.base import Library, Unable, Way
 from ways.kronfluence_diagonal import KronfluenceDiagonal
 from ways.nngeometry_diagonal import NNGeometryDiagonal
 from ways.opacus_squares import OpacusSquares
@@ -20,4 +20,4 @@ WAYS: tuple[type[Way], ...] = (
 )
 """As the columns stand; the first is what all others are divided by."""
 
-__all__ = ["WAYS", "Empirical", "Fisher", "Loop", "Step", "Unable", "Way"]
+__all__ = ["WAYS", "Empirical", "Fisher", "Library", "Loop", "Step", "Unable", "Way"]

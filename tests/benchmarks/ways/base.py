@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from cases import Case
 from torch import Tensor, nn
+
+from cases import Case
 
 
 class Unable(Exception):
@@ -20,11 +21,11 @@ class Way(ABC):
 
     Attributes:
         title: of the column.
-        is_peer: whether it is shown only where one outcome an example is squared, the label's.
+        takes_labels: whether one outcome an example is squared, the label; that is compared.
     """
 
     title: ClassVar[str]
-    is_peer: ClassVar[bool] = True
+    takes_labels: ClassVar[bool] = True
 
     def __init__(self, case: Case):
         self.case = case
@@ -43,6 +44,10 @@ class Way(ABC):
     def notes(self) -> list[str]:
         """Return what a reader has to know of this way on this model."""
         return []
+
+
+class Library(Way):
+    """A way of a library that may not be installed, or may not know a model's layers."""
 
 
 def names(model: nn.Module) -> dict[nn.Parameter, str]:

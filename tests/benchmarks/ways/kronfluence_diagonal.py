@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import Case
 from torch import Tensor, nn
-from ways.base import Unable, Way, names
+
+from cases import Case
+from ways.base import Library, Unable, names
 
 
-class KronfluenceDiagonal(Way):
+class KronfluenceDiagonal(Library):
     """Every Linear's per-example gradients at once, squared and summed."""
 
     title = "Kronfluence"

@@ -1,7 +1,7 @@
 """NNGeometry (https://nngeometry.readthedocs.io): a `PMatDiag` of the empirical Fisher.
 
-Its rules for Linear and LayerNorm take one vector an example, `[b, d]`; sequences `[b, t, d]` end in
-an error. So it is given the layers that see vectors, which it finds in one forward pass.
+Its rules for Linear and LayerNorm take one vector an example, `[b, d]`; sequences `[b, t, d]` end
+in an error. So it is given the layers that see vectors, which one forward pass finds.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cases import Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from ways.base import Unable, Way
+
+from cases import Case
+from ways.base import Library, Unable
 
 
-class NNGeometryDiagonal(Way):
+class NNGeometryDiagonal(Library):
     """The squares of the layers that it knows, by its hooks."""
 
     title = "NNGeometry"

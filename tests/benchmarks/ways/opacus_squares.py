@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from cases import Case
 from torch import Tensor
-from ways.base import Unable, Way, names
+
+from cases import Case
+from ways.base import Library, Unable, names
 
 
-class OpacusSquares(Way):
+class OpacusSquares(Library):
     """Every parameter's per-example gradients are written down first."""
 
     title = "Opacus"

@@ -5,37 +5,39 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from cases import Case
 from torch import Tensor
-from ways.base import Way
 
+from cases import Case
 from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.session import Session
+from ways.base import Way
+
+
+def session_for(case: Case, estimator: str | None) -> Session:
+    """Return a session for a copy of the model; None is the head's default estimator."""
+    model = case.copy()
+    likelihood = likelihood_for(type(model).__name__, model.config)
+    return Session(
+        model=model,
+        likelihood=likelihood,
+        estimator=estimator_for(estimator or likelihood.default_estimator),
+        seed=0,
+        pad_token_id=0,
+        device=torch.device("cpu"),
+    )
 
 
 class Empirical(Way):
     """The labels' gradients, as the peers measure them."""
 
     title = "empirical"
+    estimator: ClassVar[str | None] = "empirical"
 
     def __init__(self, case: Case):
         super().__init__(case)
-        model = case.copy()
-        likelihood = likelihood_for(type(model).__name__, model.config)
-        self._session = Session(
-            model=model,
-            likelihood=likelihood,
-            estimator=estimator_for(self.estimator(likelihood.default_estimator)),
-            seed=0,
-            pad_token_id=0,
-            device=torch.device("cpu"),
-        )
+        self._session = session_for(case, self.estimator)
         self._session.verify(case.examples)
-
-    def estimator(self, default: str) -> str:
-        """Return the estimator's name."""
-        return "empirical"
 
     def run(self) -> None:
         self._session._add_batch(self.case.batch)
@@ -53,7 +55,5 @@ class Fisher(Empirical):
     """The head's default estimator: exact for a classifier, sampled for a language model."""
 
     title: ClassVar[str] = "Fisher"
-    is_peer = False
-
-    def estimator(self, default: str) -> str:
-        return default
+    takes_labels = False
+    estimator = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cases import Case
 from torch import Tensor
+
+from cases import Case
 from ways.base import Way
 
 
@@ -12,7 +13,7 @@ class Step(Way):
     """An ordinary training step without optimizer; it writes its gradients newly each time."""
 
     title = "step"
-    is_peer = False
+    takes_labels = False
 
     def __init__(self, case: Case):
         super().__init__(case)
