@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ def cases() -> list[Case]:
     """Return what the table shows."""
 
     def minilm_case(tokens: int, classes: int = 2) -> Case:
-        return Case("MiniLM-L6", lambda: bert(classes), tokens, 16, classes)
+        return Case("MiniLM-L6", partial(bert, classes), tokens, 16, classes)
 
     return [
         minilm_case(16),
@@ -163,30 +163,37 @@ def cases() -> list[Case]:
     ]
 
 
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def tiny_bert(classes: int) -> nn.Module:
+    """A BERT that takes no time."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**TINY, **no_dropout, num_labels=classes))
+
+
+def tiny_llama() -> nn.Module:
+    """A Llama that takes no time."""
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=True))
+
+
+def tiny_mixtral() -> nn.Module:
+    """A Mixtral that takes no time."""
+    config = MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=2)
+    return MixtralForCausalLM(config)
+
+
 def smoke_cases() -> list[Case]:
     """Return the same sorts of models, so small that all of them take seconds."""
-    size = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    decoder = {**size, "num_key_value_heads": 2}
-
-    def tiny_bert(classes: int) -> nn.Module:
-        return BertForSequenceClassification(BertConfig(**size, **no_dropout, num_labels=classes))
-
-    def tiny_llama() -> nn.Module:
-        return LlamaForCausalLM(LlamaConfig(**decoder, tie_word_embeddings=True))
-
-    def tiny_mixtral() -> nn.Module:
-        return MixtralForCausalLM(MixtralConfig(**decoder, num_local_experts=2))
-
     return [
-        Case("tiny BERT", lambda: tiny_bert(2), 5, 3, 2),
-        Case("tiny BERT", lambda: tiny_bert(3), 5, 3, 3),
+        Case("tiny BERT", partial(tiny_bert, 2), 5, 3, 2),
+        Case("tiny BERT", partial(tiny_bert, 3), 5, 3, 3),
         Case("tiny Llama", tiny_llama, 5, 3),
         Case("tiny Mixtral", tiny_mixtral, 5, 3),
     ]

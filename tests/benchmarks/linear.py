@@ -16,6 +16,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def main() -> None:
 
 def examples_curves(rounds: int) -> dict[str, Curve]:
     """Time whole measurements, and the ordinary steps over the same batches."""
-    case = Case("MiniLM-L6", lambda: bert(2), TOKENS_EACH, max(EXAMPLES), 2)
+    case = Case("MiniLM-L6", partial(bert, 2), TOKENS_EACH, max(EXAMPLES), 2)
     model = case.copy().requires_grad_(True)
     parts = {n: list(batches(case.examples[:n], 16, pad_token_id=0)) for n in EXAMPLES}
 
@@ -105,7 +106,7 @@ def step(model: nn.Module, case: Case, batch) -> None:
 
 def tokens_curves(rounds: int) -> dict[str, Curve]:
     """Time one batch, of every length."""
-    all_cases = {t: Case("MiniLM-L6", lambda: bert(2), t, BATCH_SIZE, 2) for t in TOKENS}
+    all_cases = {t: Case("MiniLM-L6", partial(bert, 2), t, BATCH_SIZE, 2) for t in TOKENS}
     ways = {OURS: Fisher, ORDINARY: Step}
     ready = {(name, t): way(case) for name, way in ways.items() for t, case in all_cases.items()}
 

@@ -77,11 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [
         case for case in (smoke_cases if options.smoke else cases)() if options.only in case.name
     ]
-    # First the memory: a process can only be forked before torch has threads.
-    memory: list[dict[str, Peaks | None]] = [
-        {} if options.no_memory else {way.title: peaks(case, way) for way in shown(case, ways)}
-        for case in chosen
-    ]
     clock = "CPU time" if options.threads == 1 else "wall clock"
     print(f"{clock}, threads: {options.threads}, torch {torch.__version__}\n")
     print(
@@ -91,8 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     notes: dict[str, None] = {}
     while chosen:  # a model is let go before the next one comes
-        row = measure(chosen.pop(0), ways, options.rounds, options.seconds, options.threads)
-        row.memory = memory.pop(0)
+        case = chosen.pop(0)
+        row = measure(case, ways, options.rounds, options.seconds, options.threads)
+        if not options.no_memory:
+            row.memory = {way.title: peaks(case, way) for way in shown(case, ways)}
         print(*lines(row, ways), sep="\n", flush=True)
         notes.update(dict.fromkeys(row.notes))
     print(*(f"* {note}" for note in notes), sep="\n")
