@@ -79,7 +79,7 @@ def examples_curves(rounds: int) -> dict[str, Curve]:
     """Time whole measurements, and the ordinary steps over the same batches."""
     case = Case("MiniLM-L6", partial(bert, 2), TOKENS_EACH, max(EXAMPLES), 2)
     model = case.copy().requires_grad_(True)
-    parts = {n: list(batches(case.examples[:n], 16, pad_token_id=0)) for n in EXAMPLES}
+    parts = {n: list(batches(case.examples[:n], lambda _: 16, pad_token_id=0)) for n in EXAMPLES}
 
     def measure(count: int) -> Callable[[], None]:
         def run() -> None:

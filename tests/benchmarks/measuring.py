@@ -37,7 +37,8 @@ from cases import Case, cases, smoke_cases
 from memory import Peaks, peaks
 from ways import WAYS, Library, Loop, Step, Unable, Way
 
-WIDTHS = (31, 13)
+WIDTHS = (23, 12)
+"""Of the labels, and of each column."""
 
 
 @dataclass
@@ -79,11 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     clock = "CPU time" if options.threads == 1 else "wall clock"
     print(f"{clock}, threads: {options.threads}, torch {torch.__version__}\n")
-    print(
-        "".join(text.rjust(WIDTHS[1]) for text in ("aim", *(w.title for w in ways))).rjust(
-            WIDTHS[0] + WIDTHS[1] * (len(ways) + 1)
-        )
-    )
+    print(cells("", ["aim", *(way.title for way in ways)]))
     notes: dict[str, None] = {}
     while chosen:  # a model is let go before the next one comes
         case = chosen.pop(0)
@@ -166,9 +163,8 @@ def lines(row: Row, ways: Sequence[type[Way]]) -> Iterator[str]:
     seconds = f"step {statistics.median(step):.3f} s, {len(step)} rounds"
     yield f"{case.name} ({row.parameters / 1e6:.1f}M parameters; {seconds})"
 
-    def line(label: str, aim: str, cells: dict[str, str]) -> str:
-        texts = [aim, *(cells.get(way.title, "-") for way in ways)]
-        return f"  {label}".ljust(WIDTHS[0]) + "".join(text.rjust(WIDTHS[1]) for text in texts)
+    def line(label: str, aim: str, found: dict[str, str]) -> str:
+        return cells(f"  {label}", [aim, *(found.get(way.title, "-") for way in ways)])
 
     passes = max(1, case.classes - 1)
     limit = (1.2 if case.tokens < 64 else 1.05) * (1 + 2 * passes) / 3
@@ -182,10 +178,15 @@ def lines(row: Row, ways: Sequence[type[Way]]) -> Iterator[str]:
     known = {title: x for title, x in row.memory.items() if x is not None}
     if Step.title in known:
         aim = f"{known[Step.title].running + 4 * row.parameters / 2**20:.0f}"
-        yield line("peak memory (MiB)", aim, {t: f"{x.running:.0f}" for t, x in known.items()})
-        yield line("  preparing", aim, {t: f"{x.preparing:.0f}" for t, x in known.items()})
+        yield line("peak memory (MiB)", aim, {t: str(round(x.running)) for t, x in known.items()})
+        yield line("  preparing", "", {t: str(round(x.preparing)) for t, x in known.items()})
     yield line("covered (%)", "100", {t: f"{100 * x:.1f}" for t, x in row.covered.items()})
     yield line("error", "", {t: f"{x:.0e}" for t, x in row.errors.items()})
+
+
+def cells(label: str, texts: Sequence[str]) -> str:
+    """Return one line of the table."""
+    return label.ljust(WIDTHS[0]) + "".join(text.rjust(WIDTHS[1]) for text in texts)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def cells(text: str, label: str) -> list[list[str]]:
 @pytest.mark.slow
 def test_every_way_is_timed_and_right_or_says_why_not() -> None:
     text = table("--no-memory")
-    titles = ["Fisher", "empirical", "batch-1 loop", "Kronfluence", "Opacus", "NNGeometry"]
+    titles = ["Fisher", "empirical", "loop", "Kronfluence", "Opacus", "NNGeometry"]
     covered, errors = cells(text, "covered (%)"), cells(text, "error")
     assert len(covered) == len(errors) == 4
     for row in covered:
@@ -46,7 +46,7 @@ def test_every_way_is_timed_and_right_or_says_why_not() -> None:
 
 @pytest.mark.slow
 def test_peak_memory_of_a_step_and_of_measuring() -> None:
-    text = table("--only", "tiny BERT, 3 x", "--ways", "Fisher", "batch-1 loop")
+    text = table("--only", "tiny BERT, 3 x", "--ways", "Fisher", "loop")
     (line,) = [x for x in text.splitlines() if x.strip().startswith("peak memory")]
     aim, *found = (int(cell) for cell in line.split()[3:])
     assert len(found) == 3

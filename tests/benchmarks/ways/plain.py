@@ -28,7 +28,7 @@ class Step(Way):
 class Loop(Way):
     """One example at a time; right by definition, and what the others are compared with."""
 
-    title = "batch-1 loop"
+    title = "loop"
 
     def __init__(self, case: Case):
         super().__init__(case)
