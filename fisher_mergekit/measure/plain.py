@@ -17,12 +17,14 @@ def add_single_squares(
     start: Tensor,
     *,
     scale: float = 1.0,
+    weight: float = 1.0,
     keep_graph: bool = False,
 ) -> None:
     """Add the squared gradient of one example.
 
     Args:
         scale: whose square the totals hold.
+        weight: what the squares are multiplied with; -1 to compare.
     """
     chosen = list(parameters)
     if not logits.requires_grad:
@@ -43,4 +45,5 @@ def add_single_squares(
     for parameter, gradient in zip(chosen, gradients, strict=True):
         if gradient is not None:
             # Not in place: gradients of several parameters can be views of one tensor.
-            totals[parameter].add_(gradient.float().mul(scale / own).square_())
+            squares = gradient.float().mul(scale / own).square_()
+            totals[parameter].add_(squares, alpha=weight)
