@@ -65,6 +65,7 @@ def write_data(calibration: dict, seed: int) -> None:
         pandas.DataFrame(rows).to_parquet(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_measured_once_and_merged_as_written(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -180,6 +180,7 @@ class TestAModelWithAnAdapter:
                 weights[plain] = own[name]
         return weights
 
+    @pytest.mark.slow
     def test_measured_and_merged_as_by_hand(self, pair, bert, data, tmp_path):
         references, adapters = pair
         cache = str(tmp_path / "cache")
@@ -214,6 +215,7 @@ class TestAModelWithAnAdapter:
         assert process.returncode == 0, process.stderr
         assert_close(read(out), merge_oracle.merge(thetas, fishers, [0.7, 0.3], list(thetas[0])))
 
+    @pytest.mark.slow
     def test_a_merge_with_another_base_is_refused(self, pair, bert, data, tmp_path):
         """The same adapter on another model of the same name: digests tell them apart."""
         references, adapters = pair

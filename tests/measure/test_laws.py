@@ -90,6 +90,7 @@ class TestSampled:
         first, second = (tiny.measured(*subject, "sampled", seed=seed) for seed in (4, 5))
         assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
 
+    @pytest.mark.slow
     def test_the_mean_over_seeds_is_the_exact_fisher(self):
         """Within four standard errors, in a projection of each tensor and in all of them."""
         model, examples = tiny.classifier("DistilBertForSequenceClassification"), tiny.ragged(6)

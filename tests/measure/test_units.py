@@ -75,6 +75,7 @@ def test_given_the_signs_it_is_the_oracle_s(make):
         assert_same_fishers(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SUBJECTS)
 def test_the_mean_over_signs_is_the_sum_over_positions(make):
     """Within four standard errors in the sum of each tensor, and `sequence` is far outside."""
@@ -107,6 +108,7 @@ def measured_again(session, examples, seed):
     return {name: totals[p].clone() for name, p in session.model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_of_drawn_outcomes_both_units_expect_the_same():
     """The exact Fisher, which has no cross terms between positions: both means meet it."""
     model, examples = words()

@@ -58,8 +58,9 @@ def assert_same(found, expected):
         pytest.param("qwen3_moe", {"num_experts": 12}, marks=pytest.mark.slow),
         pytest.param("olmoe", {}, marks=pytest.mark.slow),
         pytest.param("granite_moe", {}, marks=pytest.mark.slow),
-        ("qwen2_vl", {}),
-        ("llava", {}),  # mergekit alone drops its language model
+        pytest.param("qwen2_vl", {}, marks=pytest.mark.slow),
+        # mergekit alone drops its language model
+        pytest.param("llava", {}, marks=pytest.mark.slow),
         pytest.param("vit", {}, marks=pytest.mark.slow),  # and its layers
     ],
 )

@@ -214,6 +214,7 @@ class TestInterrupted:
         assert outcomes == {"old", "withdrawn"}
 
 
+@pytest.mark.slow
 def test_a_real_limit_on_file_size_leaves_nothing(tmp_path):
     """The operating system refuses in the middle of a file, not we."""
     program = """

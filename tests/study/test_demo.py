@@ -118,6 +118,7 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_says_why(tmp_path):
     with pytest.raises(FisherMergekitError, match=r"(?s)`mergekit-yaml no.yml out` .*no\.yml"):
         command(["mergekit-yaml", "no.yml", "out"], settings(tmp_path))

@@ -26,6 +26,7 @@ dtype: float32
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merge_in_memory_is_the_merge_on_disk(method, tmp_path):
     first, theirs, _ = make_measured(tmp_path / "first", seed=1, num_labels=2)
