@@ -34,7 +34,7 @@ class LayerNorm(OneInput):
         )[0]
         scores = tokens(gradient).float()
         contributions: dict[str, Contribution] = {
-            "weight": Vector((tokens(normal).float() * scores).sum(1))
+            "weight": Vector(tokens(normal).float().mul_(scores).sum(1))
         }
         if module.bias is not None:
             contributions["bias"] = Vector(scores.sum(1))
