@@ -154,33 +154,41 @@ def report(what: str, found: dict[str, Curve]) -> None:
 def draw(by_examples: dict[str, Curve], by_tokens: dict[str, Curve], file: Path) -> None:
     """Draw both pictures side by side."""
     pyplot = load_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.6), dpi=150)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.7), dpi=150)
     for axes, found in ((left, by_examples), (right, by_tokens)):
+        last = max(next(iter(found.values())).sizes)
         for name, curve in found.items():
-            ends = np.linspace(0, curve.sizes[-1] * 1.02, 100)
-            fit = [curve.at(x) for x in ends]
             color = COLORS[name]
-            axes.plot(ends, fit, "-", color=color, linewidth=1.6)
-            axes.plot(curve.sizes, curve.seconds, "o", color=color, markersize=5, label=name,
-                      markeredgecolor="white", markeredgewidth=0.8, clip_on=False)  # fmt: skip
-        axes.set_xlim(0, None)
+            places = np.linspace(0, last, 100)
+            axes.plot(places, [curve.at(x) for x in places], "-", color=color, linewidth=1.6)
+            axes.plot(curve.sizes, curve.seconds, "o", color=color, markersize=5.5,
+                      markeredgecolor="white", markeredgewidth=0.9, zorder=3)  # fmt: skip
+            axes.annotate(name, (last, curve.at(last)), xytext=(7, 0), textcoords="offset points",
+                          color=color, va="center", fontsize="small")  # fmt: skip
+        axes.set_xlim(0, last * 1.02)
         axes.set_ylim(0, None)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("0.6")
         axes.grid(axis="y", color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.set_xticks(next(iter(found.values())).sizes[-4:])
-        axes.tick_params(length=3, color="0.5")
+        axes.set_xticks([0, *(last * k // 4 for k in (1, 2, 3, 4))])
+        axes.tick_params(length=3, color="0.6", labelcolor="0.25", labelsize="small")
     left.set_ylabel("CPU time (s)")
     left.set_xlabel(f"examples of {TOKENS_EACH} tokens")
-    left.set_title("grows with the examples", loc="left", fontsize="medium")
+    start = by_examples[OURS].coefficients[0]
+    if start > 0:
+        left.annotate("the rules are\nverified first", (0, start), xytext=(10, 66), color="0.35",
+                      textcoords="offset points", fontsize="small",
+                      arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.8,
+                                  "shrinkB": 2})  # fmt: skip
     right.set_xlabel(f"tokens of each of {BATCH_SIZE} examples")
-    right.set_title("and with their tokens", loc="left", fontsize="medium")
     ours = by_tokens[OURS]
-    straight = [sum(ours.coefficients[:2][k] * x**k for k in (0, 1)) for x in (0, ours.sizes[-1])]
-    right.plot((0, ours.sizes[-1]), straight, ":", color=COLORS[OURS], linewidth=1.2,
-               label="without what attention adds")  # fmt: skip
-    right.legend(frameon=False, fontsize="small", loc="upper left")
-    figure.tight_layout(w_pad=3)
+    base, slope, _ = ours.coefficients
+    last = ours.sizes[-1]
+    right.plot((0, last), (base, base + slope * last), ":", color=COLORS[OURS], linewidth=1.3)
+    right.annotate("measuring without\nwhat attention adds", (last, base + slope * last),
+                   xytext=(7, 0), textcoords="offset points", color=COLORS[OURS], va="center",
+                   fontsize="small")  # fmt: skip
     save(figure, file)
 
 

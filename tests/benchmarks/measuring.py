@@ -13,9 +13,10 @@ them. With one thread the clock is the process's CPU time, otherwise the one on 
 round's ratio to the step the median is shown, and below it the ratio of the fastest passes. Peak
 memory is that above the loaded model, in processes of their own (`memory.py`), of going over the
 batch and of preparing for that, as our verifying of the rules; its aim is the step's and one
-accumulator, 4 bytes a parameter. `covered` is how many of the parameters
-there is a result for, and `error` how far it is from the loop's, over all that is covered,
-‖F - F_loop‖ / ‖F_loop‖. Needs the `demo` extra (the model), and `benchmark` for the libraries.
+accumulator, 4 bytes a parameter. `covered` is how many of the parameters there is a result for, and
+`error` how far it is from the loop's, over all that is covered, ‖F - F_loop‖ / ‖F_loop‖. A dash is
+what cannot be had, for a reason told below the table. Needs the `demo` extra (the model), and
+`benchmark` for the libraries.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Row:
     memory: dict[str, Peaks | None] = field(default_factory=dict)
     covered: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    unable: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row.memory = {way.title: peaks(case, way) for way in shown(case, ways)}
         print(*lines(row, ways), sep="\n", flush=True)
         notes.update(dict.fromkeys(row.notes))
-    print(*(f"* {note}" for note in notes), sep="\n")
+    print("", *(f"* {note}" for note in notes), sep="\n")
 
 
 def shown(case: Case, ways: Sequence[type[Way]]) -> Iterator[type[Way]]:
@@ -111,11 +113,13 @@ def measure(
             prepared = way(case)
             prepared.run()
         except Unable as reason:
+            row.unable.add(way.title)
             row.notes.append(f"{where}: {reason}.")
         except Exception as reason:
             if not issubclass(way, Library):
                 raise
             said = f"{type(reason).__name__}: {reason}".splitlines()[0]
+            row.unable.add(way.title)
             row.notes.append(f"{where}: it fails with {said[:150]}")
         else:
             ready.append(prepared)
@@ -164,7 +168,8 @@ def lines(row: Row, ways: Sequence[type[Way]]) -> Iterator[str]:
     yield f"{case.name} ({row.parameters / 1e6:.1f}M parameters; {seconds})"
 
     def line(label: str, aim: str, found: dict[str, str]) -> str:
-        return cells(f"  {label}", [aim, *(found.get(way.title, "-") for way in ways)])
+        gaps = dict.fromkeys(row.unable, "-")
+        return cells(f"  {label}", [aim, *({**gaps, **found}.get(w.title, "") for w in ways)])
 
     passes = max(1, case.classes - 1)
     limit = (1.2 if case.tokens < 64 else 1.05) * (1 + 2 * passes) / 3
@@ -181,7 +186,8 @@ def lines(row: Row, ways: Sequence[type[Way]]) -> Iterator[str]:
         yield line("peak memory (MiB)", aim, {t: str(round(x.running)) for t, x in known.items()})
         yield line("  preparing", "", {t: str(round(x.preparing)) for t, x in known.items()})
     yield line("covered (%)", "100", {t: f"{100 * x:.1f}" for t, x in row.covered.items()})
-    yield line("error", "", {t: f"{x:.0e}" for t, x in row.errors.items()})
+    if row.errors:
+        yield line("error", "", {t: f"{x:.0e}" for t, x in row.errors.items()})
 
 
 def cells(label: str, texts: Sequence[str]) -> str:

@@ -19,36 +19,52 @@ def table(*arguments: str) -> str:
     return done.stdout
 
 
-def cells(text: str, label: str) -> list[list[str]]:
-    """Return the cells of all lines of that label: aim (if any), step, and the other ways."""
-    return [line.split()[1:] for line in text.splitlines() if line.strip().startswith(label + " ")]
+def cells(text: str, label: str) -> list[dict[str, str]]:
+    """Return the cells of all lines of that label, by the titles of their columns."""
+    titles = next(line for line in text.splitlines() if line.split()[:1] == ["aim"])
+    ends = {m.group(): m.end() for m in re.finditer(r"\S+", titles)}
+    starts = dict(zip(ends, [len(label) + 2, *ends.values()], strict=False))
+    return [
+        {title: line[starts[title] : end].strip() for title, end in ends.items()}
+        for line in text.splitlines()
+        if line.strip().startswith(label)
+    ]
 
 
 @pytest.mark.slow
 def test_every_way_is_timed_and_right_or_says_why_not() -> None:
     text = table("--no-memory")
-    titles = ["Fisher", "empirical", "loop", "Kronfluence", "Opacus", "NNGeometry"]
-    covered, errors = cells(text, "covered (%)"), cells(text, "error")
-    assert len(covered) == len(errors) == 4
-    for row in covered:
-        assert row[1:5] == ["100", "-", "100.0", row[4]]  # (%), aim, step, Fisher
-    models = re.findall(r"^(tiny \w+), 3 x", text, re.MULTILINE)
-    assert models == ["tiny BERT", "tiny Llama", "tiny Mixtral"]
-    compared = [row for row in covered if row[4] != "-"]
-    assert len(compared) == 3
-    for model, row in zip(models, compared, strict=True):
-        for title, cell in zip(titles, row[3:], strict=True):
-            assert cell != "-" or f"* {title}, {model}: " in text
-    for row in errors:
-        if row[2] != "-":
-            assert float(row[2]) < 1e-5  # empirical, against the loop
+    names = re.findall(r"^(tiny \w+)(.*), 3 x", text, re.MULTILINE)
+    assert names == [
+        ("tiny BERT", ""),
+        ("tiny BERT", ", 3 classes"),
+        ("tiny Llama", ""),
+        ("tiny Mixtral", ""),
+    ]
+    compared = iter(cells(text, "error"))
+    rows = zip(names, cells(text, "time / step"), cells(text, "covered (%)"), strict=True)
+    for (model, classes), times, covered in rows:
+        assert times["step"] == "1.00"
+        assert float(times["Fisher"]) > 0
+        assert covered["Fisher"] == "100.0"
+        if classes:
+            assert not covered["loop"]
+            continue
+        errors = next(compared)
+        assert covered["empirical"] == covered["loop"] == "100.0"
+        assert float(errors["empirical"]) < 1e-5
+        for title in ("Kronfluence", "Opacus", "NNGeometry"):
+            if times[title] == "-":
+                assert f"* {title}, {model}: " in text
+            else:
+                assert 0 < float(covered[title]) <= 100
+                assert float(errors[title]) < 1e-5 or f"* {title}, {model}: " in text
 
 
 @pytest.mark.slow
 def test_peak_memory_of_a_step_and_of_measuring() -> None:
     text = table("--only", "tiny BERT, 3 x", "--ways", "Fisher", "loop")
-    (line,) = [x for x in text.splitlines() if x.strip().startswith("peak memory")]
-    aim, *found = (int(cell) for cell in line.split()[3:])
-    assert len(found) == 3
-    assert 0 < found[0] <= aim < 1000
-    assert all(0 < x < 1000 for x in found)
+    (found,) = cells(text, "peak memory (MiB)")
+    assert list(found) == ["aim", "step", "Fisher", "loop"]
+    assert 0 < int(found["step"]) <= int(found["aim"]) < 1000
+    assert all(0 < int(cell) < 1000 for cell in found.values())
