@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_mergekit.errors import MeasureError
+from fisher_mergekit.errors import FisherMergekitError, MeasureError
 from fisher_mergekit.measure.axes import Axes
 from fisher_mergekit.measure.batches import Batch, Example, batches, by_length, collate
 from fisher_mergekit.measure.causality import check_causal
@@ -131,12 +131,9 @@ class Session:
                 "(one-token texts, or all of them prompt), or the model is sure of all of it."
             )
         count = len(examples) * self._taps.scale**2
-        for name, parameter in self._measured():
-            if not totals[parameter].div_(count).isfinite().all():
-                raise MeasureError(
-                    f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure "
-                    "in float32 (`dtype: float32`)."
-                )
+        for total in totals.values():
+            total.div_(count)
+        self._check_finite()
         return totals
 
     def _add_all(
@@ -155,6 +152,11 @@ class Session:
                 self._taps.clear()
                 advance(-done)
                 return batch
+            except FisherMergekitError:
+                raise
+            except Exception:
+                self._check_alone(batch)
+                raise
             advance(len(batch))
             done += len(batch)
         return None
@@ -165,17 +167,35 @@ class Session:
         What differs climbs to the next slower way of measuring it, and is compared again.
 
         Raises:
-            MeasureError: a language model that sees the tokens that it predicts.
+            MeasureError: a language model that sees the tokens that it predicts; a model that
+                fails on an example alone.
         """
         batch = self._placed(collate(_spread(examples, 3), self.pad_token_id))
-        if self.likelihood.is_causal:
-            check_causal(self._logits, batch, type(self.model).__name__)
-        while True:
+        try:
+            if self.likelihood.is_causal:
+                check_causal(self._logits, batch, type(self.model).__name__)
+            self._compare(batch)
+        except (FisherMergekitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model is a program: asserts, missing inputs, …
+            self._check_alone(batch)
+            self._taps.loosen_all(f"in batches it fails ({_line(error)})")
+        self._taps.clear()
+        self._taps.seal()
+
+    def _compare(self, batch: Batch) -> None:
+        """Verify the rules on a batch, until all that is not loose is right."""
+        while not self._taps.is_empty:
             logits, start = self._verified_pass(batch)
             totals = self._taps.totals
             sizes = {p: _rms(total.div_(self._taps.scale**2)) for p, total in totals.items()}
             self._subtract_plain_squares(batch, logits, start)
             differences = {p: _rms(total) for p, total in totals.items()}
+            if not all(map(math.isfinite, differences.values())):
+                self._taps.clear()
+                self._check_alone(batch)
+                self._taps.loosen_all("its gradients are not finite where there is padding")
+                return
             # Some gradients are zero on paper (an attention's key bias shifts every score alike),
             # and then two right computations have nothing in common: squared rounding is no
             # difference.
@@ -196,7 +216,6 @@ class Session:
             for parameter in wrong:
                 self._taps.climb(parameter, "its layer's rule does not hold in this model")
             if not wrong:
-                self._taps.seal()
                 return
 
     def _subtract_plain_squares(self, batch: Batch, logits: Tensor, start: Tensor) -> None:
@@ -211,7 +230,43 @@ class Session:
                 alone = self._logits(batch.single(index))
                 add_single_squares(totals, totals, alone, _row(start, index, alone), weight=-1)
                 if _differ(_row(logits, index, alone), alone, tolerance, rounding):
-                    self._loosen_all("padding, or what else is in a batch, moves its predictions")
+                    self._taps.loosen_all(
+                        "padding, or what else is in a batch, moves its predictions"
+                    )
+
+    def _check_alone(self, batch: Batch) -> None:
+        """Raise MeasureError if the model fails on an example alone, plainly: it is not the rules.
+
+        Raises:
+            MeasureError: it does, or its gradients are not finite.
+        """
+        totals = self._taps.totals
+        self._taps.clear()
+        for index, example in enumerate(batch.examples):
+            try:
+                with _requiring_grad(totals):
+                    logits = self._logits(batch.single(index))
+                    start = torch.where(logits.isfinite(), 1.0, 0.0)
+                    add_single_squares(totals, totals, logits, start)
+            except (FisherMergekitError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise MeasureError(
+                    f"{type(self.model).__name__} fails on example {example.number} of the "
+                    f"calibration data ({len(example)} tokens) alone, without anything of this "
+                    f"package: {_line(error)}. Leave out such examples, or measure with what the "
+                    "model asks for."
+                ) from error
+        self._check_finite()
+        self._taps.clear()
+
+    def _check_finite(self) -> None:
+        for name, parameter in self._measured():
+            if not self._taps.totals[parameter].isfinite().all():
+                raise MeasureError(
+                    f"the Fisher of {name} is not finite. Look for NaN in the weights, or measure "
+                    "in float32 (`dtype: float32`)."
+                )
 
     def _verified_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add one start's squares of one batch by the rules; return the logits and the start."""
@@ -232,18 +287,19 @@ class Session:
         """Return the parameters to measure, with their names."""
         return [(n, p) for n, p in self.model.named_parameters() if p in self._taps.totals]
 
-    def _loosen_all(self, reason: str) -> None:
-        for _, parameter in self._measured():
-            self._taps.loosen(parameter, reason)
-
     def _add_batch(self, batch: Batch) -> None:
         """Add the squares of one batch to the totals."""
+        if not self._taps.is_empty:
+            self._add_tapped(batch)
+        if self._taps.loose:
+            self._add_loose(batch)
+
+    def _add_tapped(self, batch: Batch) -> None:
+        """Add the squares of the parameters that a rule covers."""
         logits = self._tapped_logits(batch)
         starts = self._starts(logits, batch)
         for number, start in enumerate(starts, start=1):
             self._taps.backward(logits, start, keep_graph=number < len(starts))
-        if self._taps.loose:
-            self._add_loose(batch)
 
     def _tapped_logits(self, batch: Batch) -> Tensor:
         while True:
@@ -319,7 +375,16 @@ def _rms(x: Tensor) -> float:
 
 
 def _differ(found: Tensor, expected: Tensor, tolerance: float, noise: float) -> bool:
+    finite = expected.isfinite()  # impossible classes have minus infinity
+    if not torch.equal(finite, found.isfinite()):
+        return True
+    found, expected = found.where(finite, 0), expected.where(finite, 0)
     return _rms(found - expected) > max(tolerance * _rms(expected), noise)
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of what went wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _row(x: Tensor, index: int, alone: Tensor) -> Tensor:

@@ -29,9 +29,15 @@ and the contributions to the parameters that the site measures, by their names t
 
 
 class Owner(Protocol):
-    """What a site belongs to: it starts the gradients and takes the contributions."""
+    """What a site belongs to: it starts the gradients and takes the contributions.
+
+    Attributes:
+        anchor: where the gradients of a forward pass begin.
+        copies: the model writes into what its modules return, which autograd forbids for views.
+    """
 
     anchor: Tensor
+    copies: bool
 
     def take(
         self,
@@ -96,7 +102,10 @@ class _Tap(torch.autograd.Function):
     ) -> Any:
         ctx.site, ctx.rule = site, backward
         ctx.save_for_backward(*saved)
-        return forward(*tensors)
+        found = forward(*tensors)
+        if not site.owner.copies:
+            return found
+        return found.clone() if isinstance(found, Tensor) else tuple(y.clone() for y in found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

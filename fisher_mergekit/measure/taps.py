@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -23,69 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
-from fisher_mergekit.measure.axes import Axes, NoExamples, Reading
+from fisher_mergekit.measure.axes import Axes, NoExamples
 from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
-from fisher_mergekit.measure.layers.base import Layer, Unfit, own_parameters
+from fisher_mergekit.measure.layers.base import Unfit, own_parameters
 from fisher_mergekit.measure.layers.local import Local
 from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
+from fisher_mergekit.measure.tapped import Tapped, TappedLayer
 
 LOG = logging.getLogger(__name__)
+
+_IN_PLACE = "being modified inplace"
+"""In PyTorch's message where a model writes into what a tap returned."""
 
 
 class Irregular(Exception):
     """A rule does not cover how its layer is used; its parameters have climbed a rung."""
-
-
-@dataclass(eq=False)
-class TappedLayer:
-    """A module, its rule, and what is measured there.
-
-    Attributes:
-        name: the module's, in the model.
-        parameters: by name relative to the module.
-        calls: in the last forward pass.
-        readings: how the first axis of each input was read while the rules were verified.
-        settled: verified; from now on a reading has to fit those.
-        is_spread: the rule made a row an example of one row for all of them.
-    """
-
-    name: str
-    module: nn.Module
-    rule: Layer
-    parameters: dict[str, nn.Parameter]
-    calls: int = 0
-    readings: dict[int, list[set[Reading]]] = field(default_factory=dict)
-    settled: bool = False
-    is_spread: bool = False
-    original: Any = field(init=False)
-    forward: Callable[..., Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        forward = self.module.__dict__.get("forward")
-        if isinstance(forward, _Forward):  # another rule's, which this one follows
-            self.original, self.forward = forward.layer.original, forward.layer.forward
-        else:
-            self.original, self.forward = forward, self.module.forward
-
-    def read(self, axes: Axes, place: int, x: Tensor) -> Reading | None:
-        """Return what an input's first axis is; None for a tensor that all examples share whole.
-
-        Raises:
-            NoExamples: it is none of what it was while the rules were verified.
-        """
-        found = axes.readings(x)
-        if not self.settled:
-            self.readings.setdefault(place, []).append(set(found))
-            return found[0] if found else None
-        for known in self.readings.get(place, ()):
-            for reading in found:
-                if reading in known:
-                    return reading
-            if not known:
-                return None
-        raise NoExamples
 
 
 class Taps:
@@ -99,6 +52,7 @@ class Taps:
         totals: float32 accumulator of each measured parameter.
         loose: parameters that no rule covers; the session measures them example by example.
         anchor: where the gradients of a forward pass begin.
+        copies: the model writes into what its modules return, as ResNet adds to it in place.
         scale: of the gradients (`scaling.py`); the totals hold its square. It only ever falls.
     """
 
@@ -109,6 +63,7 @@ class Taps:
         chosen = list(model.parameters() if parameters is None else parameters)
         self.totals = {p: torch.zeros_like(p, dtype=torch.float32) for p in chosen}
         self.loose: dict[nn.Parameter, str] = {}
+        self.copies = False
         self.scale = 1.0
         self._names = {p: name for name, p in model.named_parameters()}
         self._is_half = is_half(chosen)
@@ -160,13 +115,29 @@ class Taps:
         for total in self.totals.values():
             total.zero_()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer has a rule: all is left to the loop over single examples."""
+        return not self._layers
+
+    def loosen_all(self, reason: str) -> None:
+        """Leave all parameters to the loop over single examples, and say so once."""
+        if len(self.loose) == len(self.totals):
+            return
+        LOG.warning("%s is measured one example at a time: %s.", "The whole model", reason)
+        for parameter in self.totals:
+            self._loosen(parameter)
+        self._layers.clear()
+
     def loosen(self, parameter: nn.Parameter, reason: str) -> None:
         """Leave a parameter to the loop over single examples, and say so."""
         if parameter in self.loose:
             return
-        name = self._names[parameter]
-        LOG.warning("%s is measured one example at a time: %s.", name, reason)
-        self.loose[parameter] = name
+        LOG.warning("%s is measured one example at a time: %s.", self._names[parameter], reason)
+        self._loosen(parameter)
+
+    def _loosen(self, parameter: nn.Parameter) -> None:
+        self.loose[parameter] = self._names[parameter]
         for layer in list(self._layers.values()):
             for short in [n for n, p in layer.parameters.items() if p is parameter]:
                 self._remove(layer, short)
@@ -237,7 +208,7 @@ class Taps:
         """Run the tapped modules by their rules inside the block."""
         layers = list(self._layers.values())
         for layer in layers:
-            layer.module.forward = _Forward(self, layer)
+            layer.module.forward = Tapped(self, layer)
         try:
             yield
         finally:
@@ -261,8 +232,13 @@ class Taps:
             try:
                 return run()
             except (RuntimeError, ValueError, IndexError) as error:
+                if _IN_PLACE in str(error) and not self.copies:
+                    self.copies = True
+                    raise Irregular from error
+                if self._sealed or isinstance(error, torch.OutOfMemoryError):
+                    raise
                 suspects = [x for x in self._layers.values() if x.calls and x.is_spread]
-                if self._sealed or isinstance(error, torch.OutOfMemoryError) or not suspects:
+                if not suspects:
                     raise
                 # A row an example where the model wants one row for all of them.
                 for layer in suspects:
@@ -384,14 +360,3 @@ class Taps:
 
 def _is_local(layer: TappedLayer) -> bool:
     return isinstance(layer.rule, Local)
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """The forward method that a tapped module has meanwhile."""
-
-    taps: Taps
-    layer: TappedLayer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.taps.call(self.layer, args, kwargs)

@@ -205,7 +205,7 @@ class TestFloat16:
         model, examples = self.sure(), tiny.ragged(7)
         expected = tiny.measured(model, examples, batch_size=3)
         session = tiny.session_for(copy.deepcopy(model).half())
-        session._loosen_all("to see whether it works")
+        session._taps.loosen_all("to see whether it works")
         totals = session.run(examples, 3)
         assert len(session.loose) == len(expected)
         for name, parameter in session.model.named_parameters():

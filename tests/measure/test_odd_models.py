@@ -10,36 +10,8 @@ import pytest
 import tiny
 import torch
 from models import VOCABULARY
+from odd import CLASSES, WIDTH, Odd
 from torch import nn
-
-WIDTH = 6
-CLASSES = 3
-
-
-class Odd(nn.Module):
-    """Embedding, one odd thing, masked mean over tokens, classifier; a base for the cases."""
-
-    loose: tuple[str, ...] = ()
-    """Parameters that have to be left to the loop over the whole model."""
-    again: tuple[str, ...] = ()
-    """Parameters whose module has to run again; all others have to take the fast way."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.add_odd()
-        self.classifier = nn.Linear(WIDTH, CLASSES)
-
-    def add_odd(self):
-        pass
-
-    def odd(self, x, mask, ids):
-        return x
-
-    def forward(self, input_ids, attention_mask):
-        mask = attention_mask.unsqueeze(-1).to(self.classifier.weight.dtype)
-        x = self.odd(self.embed(input_ids).tanh(), mask, input_ids)
-        return SimpleNamespace(logits=self.classifier((x * mask).sum(1) / mask.sum(1)))
 
 
 class BareParameter(Odd):
@@ -334,6 +306,45 @@ class PaddingMovesLogits(Odd):
         )
 
 
+class BatchesFail(Odd):
+    """It runs for one example only."""
+
+    loose = ("embed.weight", "classifier.weight", "classifier.bias")
+
+    def odd(self, x, mask, ids):
+        assert len(x) == 1
+        return x
+
+
+class PaddingHasNoGradient(Odd):
+    """The gradient is not a number where there is padding, though the prediction is right."""
+
+    loose = ("embed.weight", "classifier.weight", "classifier.bias")
+
+    def odd(self, x, mask, ids):
+        return torch.where(mask > 0, x * (x * mask).square().sum(-1, keepdim=True).sqrt(), 0)
+
+
+class WritesIntoOutputs(Odd):
+    """As ResNet adds to what a norm returns, and DeBERTa divides a view of what a layer returns."""
+
+    again = ("norm.weight", "norm.bias", "shared.weight")
+
+    def add_odd(self):
+        self.norm = nn.GroupNorm(1, WIDTH)
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.shared = nn.Embedding(1, WIDTH)
+
+    def odd(self, x, mask, ids):
+        table = self.shared(torch.zeros(1, 1, dtype=torch.long))
+        y = self.project(table + x).transpose(1, 2)
+        y /= 2.0
+        y = y.transpose(1, 2)
+        pooled = self.norm((y * mask).sum(1))
+        pooled += 1.0
+        return y * pooled[:, None, :]
+
+
 class ForeignNorms(Odd):
     """Modules called …Norm that do not act along the last axis, or want an exact weight shape."""
 
@@ -381,6 +392,11 @@ def test_odd_models_are_measured_exactly_and_named_in_the_log(case, caplog):
         oracles.assert_same_fishers(found, expected)
         assert sorted(session.loose) == sorted(case.loose)
         said = [record.message for record in caplog.records]
+        if any(
+            line.startswith("The whole model is measured one example at a time") for line in said
+        ):
+            assert len(session.loose) == len(found)
+            continue
         assert len(said) == len(case.loose)
         for name in case.loose:
             assert any(
