@@ -376,7 +376,7 @@ class AllOdd(nn.Module):
         return SimpleNamespace(logits=x @ self.head)
 
 
-CASES = [*Odd.__subclasses__(), AllOdd]
+CASES = [*(case for case in Odd.__subclasses__() if case.__module__ == __name__), AllOdd]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
