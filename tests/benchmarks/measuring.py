@@ -9,7 +9,7 @@ backward pass without optimizer (`step`), fisher_mergekit with the head's defaul
 and what measures the latter elsewhere: the loop over single examples and three libraries.
 
 They are timed in turn, round by round, in one process, so that a noisy machine is noisy for all of
-them. With one thread the clock is the process's CPU time, otherwise the one on the wall. Of each
+them; two passes each, of which the second counts. With one thread the clock is the process's CPU time, otherwise the one on the wall. Of each
 round's ratio to the step the median is shown, and below it the ratio of the fastest passes. Peak
 memory is that above the loaded model, in processes of their own (`memory.py`), of going over the
 batch and of preparing for that, as our verifying of the rules; its aim is the step's and one
@@ -147,13 +147,18 @@ def error(squares: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 
 def timed(ways: Sequence[Way], rounds: int, seconds: float, clock) -> dict[str, list[float]]:
-    """Return each way's seconds in every round; their first pass is behind them."""
+    """Return each way's seconds in every round, of the second of two passes.
+
+    A measurement is many batches after each other, and so is training: the first pass after another
+    way's pays for the memory that the other one has left behind.
+    """
     times: dict[str, list[float]] = {way.title: [] for way in ways}
     end = time.perf_counter() + seconds
     for number in range(rounds):
         if number >= 2 and time.perf_counter() > end:
             break
         for way in ways:
+            way.run()
             start = clock()
             way.run()
             times[way.title].append(clock() - start)
