@@ -131,8 +131,15 @@ def _add_scatter(total_vd: Tensor, scatter: Scatter) -> None:
     keys = (scatter.ids + vocabulary * examples[:, None]).reshape(-1)
     unique, inverse = torch.unique(keys, return_inverse=True)
     values = scatter.values.flatten(0, 1)
-    sums = values.new_zeros(len(unique), values.shape[1]).index_add_(0, inverse, values)
-    total_vd.index_add_(0, unique % vocabulary, sums.square_())
+    sums = _add_rows(values.new_zeros(len(unique), values.shape[1]), inverse, values)
+    _add_rows(total_vd, unique % vocabulary, sums.square_())
+
+
+def _add_rows(total: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """Add `values` `[n, d]` to the rows `ids` `[n]`, in a fixed order on every device."""
+    if total.is_cuda:  # where index_add_ has none, as index_put_ has none on CPUs
+        return total.index_put_((ids,), values, accumulate=True)
+    return total.index_add_(0, ids, values)
 
 
 def _add_products(

@@ -9,14 +9,14 @@ backward pass without optimizer (`step`), fisher_mergekit with the head's defaul
 and what measures the latter elsewhere: the loop over single examples and three libraries.
 
 They are timed in turn, round by round, in one process, so that a noisy machine is noisy for all of
-them; two passes each, of which the second counts. With one thread the clock is the process's CPU time, otherwise the one on the wall. Of each
-round's ratio to the step the median is shown, and below it the ratio of the fastest passes. Peak
-memory is that above the loaded model, in processes of their own (`memory.py`), of going over the
-batch and of preparing for that, as our verifying of the rules; its aim is the step's and one
-accumulator, 4 bytes a parameter. `covered` is how many of the parameters there is a result for, and
-`error` how far it is from the loop's, over all that is covered, ‖F - F_loop‖ / ‖F_loop‖. A dash is
-what cannot be had, for a reason told below the table. Needs the `demo` extra (the model), and
-`benchmark` for the libraries.
+them; two passes each, of which the second counts. With one thread the clock is the process's CPU
+time, otherwise the one on the wall. Of each round's ratio to the step the median is shown, and
+below it the ratio of the fastest passes. Peak memory is that above the loaded model, in processes
+of their own (`memory.py`), of going over the batch and of preparing for that, as our verifying of
+the rules; its aim is the step's and one accumulator, 4 bytes a parameter. `covered` is how many of
+the parameters there is a result for, and `error` how far it is from the loop's, over all that is
+covered, ‖F - F_loop‖ / ‖F_loop‖. A dash is what cannot be had, for a reason told below the table.
+Needs the `demo` extra (the model), and `benchmark` for the libraries.
 """
 
 from __future__ import annotations

@@ -28,13 +28,12 @@ class _Route:
     """Which rows go where.
 
     Attributes:
-        source: `[n]` token of each row, rows sorted by expert, then example.
-        place: `[n]` the same rows in the order of tokens, as `top_k_index` has them.
+        place: `[n]` where in `top_k_index`, which is in the order of tokens, each row stands; rows
+            are sorted by expert, then example.
         expert: `[b, m]` expert of each of an example's rows, in the order of tokens.
         offsets: where each (expert, example) begins, and the end; `experts * b + 1` numbers.
     """
 
-    source: Tensor
     place: Tensor
     expert: Tensor
     offsets: Sequence[int]
@@ -70,14 +69,16 @@ class Experts(Layer):
             raise NoExamples
         module: Any = site.module
         route = _route(index, experts=_count(module), examples=site.axes.examples)
-        x = states[route.source]
+        # Repeated and permuted, not looked up and added: sums in a fixed order, forward and back.
+        x = states.repeat_interleave(index.shape[1], 0)[route.place]
         if module.has_gate:
             hidden = module._apply_gate(_linear(site, "gate_up_proj", x, route))
         else:
             hidden = module.act_fn(_linear(site, "up_proj", x, route))
         y = _linear(site, "down_proj", hidden, route)
         y = y * weights.reshape(-1)[route.place].unsqueeze(-1)
-        return torch.zeros_like(states).index_add(0, route.source, y.to(states.dtype))
+        of_token = y.new_zeros(index.numel(), y.shape[1]).index_copy(0, route.place, y)
+        return of_token.view(*index.shape, -1).sum(1).to(states.dtype)
 
 
 def _count(module: Any) -> int:
@@ -94,7 +95,7 @@ def _route(index: Tensor, *, experts: int, examples: int) -> _Route:
     counts = torch.bincount(keys, minlength=experts * examples)[: experts * examples]
     offsets = [0, *counts.cumsum(0).tolist()]
     place = place[: offsets[-1]]  # an index of `experts` means: no expert
-    return _Route(place // choices, place, flat.view(examples, each), offsets)
+    return _Route(place, flat.view(examples, each), offsets)
 
 
 def _linear(site: Site, name: str, x: Tensor, route: _Route) -> Tensor:
