@@ -203,15 +203,29 @@ class Taps:
             layer.settled = layer.calls > 0
         self._sealed = True
 
+    @property
+    def _idle(self) -> list[nn.Parameter]:
+        """What nothing reached in verification: of no module that was called, and not compared."""
+        layers = self._layers.values() if self._sealed else ()
+        return [p for layer in layers if not layer.settled for p in layer.parameters.values()]
+
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Run the tapped modules by their rules inside the block."""
-        layers = list(self._layers.values())
+        """Run the tapped modules by their rules inside the block.
+
+        Idle parameters require a gradient there: one that is used where its module is not called
+        (a table that another module looks up) would show in nothing else.
+        """
+        layers, idle = list(self._layers.values()), self._idle
         for layer in layers:
             layer.module.forward = Tapped(self, layer)
+        for parameter in idle:
+            parameter.requires_grad_(True)
         try:
             yield
         finally:
+            for parameter in idle:
+                parameter.requires_grad_(False)
             for layer in layers:
                 if layer.original is None:
                     del layer.module.forward
@@ -254,13 +268,14 @@ class Taps:
         if not logits.requires_grad:
             return  # no layer with a rule took part
         self._added.clear()
+        idle = self._idle
         while True:
             self._pending.clear()
             try:
                 with self.installed():  # checkpointed layers run again
-                    torch.autograd.grad(
+                    _, *awake = torch.autograd.grad(
                         logits,
-                        self.anchor,
+                        [self.anchor, *idle],
                         scaled(start, self.scale, logits.dtype),
                         retain_graph=keep_graph or self._is_half,
                         allow_unused=True,
@@ -271,6 +286,9 @@ class Taps:
         for parameter, contributions in self._pending.items():
             self._add(parameter, contributions)
         self._pending.clear()
+        for parameter, gradient in zip(idle, awake, strict=True):
+            if gradient is not None:
+                self.loosen(parameter, "it is used where its module is not called")
 
     def fit_scale(self, start: Tensor) -> None:
         """Choose the scale by a start, while nothing has been added yet."""

@@ -437,3 +437,37 @@ def test_a_layer_first_reached_late_is_not_trusted_unverified():
     model = tiny.perturbed(RoutedOnce())
     found = tiny.measured(model, examples, batch_size=2, fast=False)
     oracles.assert_same_fishers(found, oracles.exact_classifier(model, examples))
+
+
+class TableOfAnother(Odd):
+    """A table in a module that is never called: another one looks it up, for a single token."""
+
+    loose = ("tables.some",)
+
+    def add_odd(self):
+        self.tables = nn.ParameterDict({"some": torch.zeros(WIDTH), "none": torch.zeros(WIDTH)})
+
+    def odd(self, x, mask, ids):
+        chosen = (ids == 1).unsqueeze(-1)
+        return x + chosen * self.tables["some"].sin() if chosen.any() else x
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5])
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_a_parameter_that_verification_does_not_use_is_not_taken_for_unused(number, estimator):
+    """Not in the longest, the middle and the shortest text, but in another one."""
+    rows = [[5] * 9, [6, 5] * 4, [7, 8] * 3 + [9], [8] * 6, [9, 8, 4, 5, 6], [9, 8, 4, 2], [9, 8]]
+    rows[number][0] = 1
+    examples = [tiny.labelled(i, ids) for i, ids in enumerate(rows)]
+    model = tiny.perturbed(TableOfAnother())
+    session = tiny.session_for(model, estimator)
+    totals = session.run(examples, 2)
+    assert session.loose == ("tables.some",)
+    plain = tiny.session_for(model, estimator)
+    plain._taps.loosen_all("to compare")
+    expected = plain.run(examples, 1)
+    names = dict(model.named_parameters())
+    oracles.assert_same_fishers(
+        {n: totals[p] for n, p in names.items()}, {n: expected[p] for n, p in names.items()}
+    )
+    assert totals[names["tables.some"]].all()
