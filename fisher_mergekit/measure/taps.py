@@ -138,22 +138,28 @@ class Taps:
 
     def _loosen(self, parameter: nn.Parameter) -> None:
         self.loose[parameter] = self._names[parameter]
-        for layer in list(self._layers.values()):
-            for short in [n for n, p in layer.parameters.items() if p is parameter]:
-                self._remove(layer, short)
+        for layer, short in self._homes(parameter):
+            self._remove(layer, short)
 
-    def climb(self, parameter: nn.Parameter, reason: str) -> None:
-        """Measure a parameter in the next slower way."""
-        homes = [
+    def climb(self, parameters: Iterable[nn.Parameter], reason: str) -> None:
+        """Measure parameters in the next slower way; those of one module climb together, once."""
+        before = {parameter: self._homes(parameter) for parameter in parameters}
+        for parameter, homes in before.items():
+            if self._homes(parameter) != homes:
+                continue  # with another one of its module
+            if len(homes) == 1:
+                self._climb(*homes[0], reason)
+            else:
+                self.loosen(parameter, reason)
+
+    def _homes(self, parameter: nn.Parameter) -> list[tuple[TappedLayer, str]]:
+        """Return where a parameter is measured, and its name there."""
+        return [
             (layer, short)
             for layer in self._layers.values()
             for short, p in layer.parameters.items()
             if p is parameter
         ]
-        if len(homes) == 1:
-            self._climb(*homes[0], reason)
-        else:
-            self.loosen(parameter, reason)
 
     def _climb(self, layer: TappedLayer, short: str, reason: str) -> None:
         parameter = layer.parameters[short]

@@ -75,6 +75,17 @@ def test_measuring_leaves_the_model_as_it_was(subject):
     assert not model.training
 
 
+def test_a_session_can_run_again(subject):
+    """Nothing of the first run is left in the second, not even suspicion of a rule."""
+    model, examples = subject
+    session = tiny.session_for(model)
+    session.run(examples[:5], 2)
+    totals = session.run(examples, 5)
+    assert session.loose == ()
+    found = {name: totals[parameter] for name, parameter in model.named_parameters()}
+    assert_same_fishers(found, tiny.measured(model, examples, batch_size=5))
+
+
 def test_a_model_in_training_mode_is_measured_without_dropout(subject):
     model, examples = subject
     expected = tiny.measured(model, examples)
@@ -101,8 +112,6 @@ class TestSampled:
         draws = []
         for seed in range(100):
             session.seed = seed
-            for total in session._taps.totals.values():
-                total.zero_()
             totals = session.run(examples, 6)
             draws.append({n: totals[p].double().sum() for n, p in model.named_parameters()})
         for name, value in exact.items():

@@ -13,6 +13,8 @@ from models import VOCABULARY
 from odd import CLASSES, WIDTH, Odd
 from torch import nn
 
+from fisher_mergekit.measure.likelihoods.regression import Regression
+
 
 class BareParameter(Odd):
     """A parameter in the parent itself: no layer."""
@@ -471,3 +473,88 @@ def test_a_parameter_that_verification_does_not_use_is_not_taken_for_unused(numb
         {n: totals[p] for n, p in names.items()}, {n: expected[p] for n, p in names.items()}
     )
     assert totals[names["tables.some"]].all()
+
+
+class Twice(nn.Linear):
+    """What a rule cannot know of a subclass: its gradients are twice what the rule finds."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Faint(Odd):
+    """A rule that is wrong where gradients are small beside the classifier's."""
+
+    strength = 1e-6
+
+    def add_odd(self):
+        self.twice = Twice(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        return x + self.strength * self.twice(x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strength", "tolerance"),
+    [(torch.float32, 1e-6, 1e-4), (torch.bfloat16, 0.05, 0.1), (torch.float16, 0.01, 0.02)],
+)
+def test_a_wrong_rule_is_seen_however_small_its_gradients_are(dtype, strength, tolerance):
+    model, examples = tiny.perturbed(Faint()), tiny.ragged(9)
+    model.strength = strength
+    expected = oracles.exact_classifier(model, examples)
+    session = tiny.session_for(model.to(dtype))
+    totals = session.run(examples, 4)
+    assert session.loose == ()
+    assert set(session.again) == {"twice.weight", "twice.bias"}
+    for name, parameter in model.twice.named_parameters():
+        error = oracles.rms(totals[parameter].double() - expected[f"twice.{name}"])
+        assert error < tolerance * oracles.rms(expected[f"twice.{name}"])
+
+
+class TwoHeads(Odd):
+    """Only the second of two outputs comes from a layer whose rule is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.second = nn.Linear(WIDTH, 1), Twice(WIDTH, 1)
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask.unsqueeze(-1).to(self.second.weight.dtype)
+        x = (self.embed(input_ids).tanh() * mask).sum(1)
+        return SimpleNamespace(logits=torch.cat([self.classifier(x), self.second(x)], dim=1))
+
+
+def test_rules_are_verified_from_every_start_of_the_estimator():
+    model, examples = tiny.perturbed(TwoHeads()), tiny.ragged(9)
+
+    def outputs(output, example):
+        return [(1.0, y) for y in output.logits[0]]
+
+    session = tiny.session_for(model)
+    session.likelihood = Regression()
+    totals = session.run(examples, 4)
+    found = {name: totals[p] for name, p in model.named_parameters()}
+    oracles.assert_same_fishers(found, oracles.expectation(model, examples, outputs))
+    assert {"second.weight", "second.bias"} <= set(session.again)
+
+
+class Crowded(Odd):
+    """An expert that takes the first four examples of a batch and no more."""
+
+    def add_odd(self):
+        self.expert = nn.Linear(WIDTH, WIDTH)
+
+    def odd(self, x, mask, ids):
+        has_room = torch.arange(len(x))[:, None, None] < 4
+        return x + self.expert(x).tanh() * has_room
+
+
+@pytest.mark.parametrize(("size", "moves"), [(4, False), (6, True)])
+def test_a_full_batch_is_compared_with_its_examples_alone(size, moves):
+    """The three examples that rules are verified on do not fill the expert."""
+    model, examples = tiny.perturbed(Crowded()), tiny.ragged(12)
+    session = tiny.session_for(model)
+    totals = session.run(examples, size)
+    found = {name: totals[p] for name, p in model.named_parameters()}
+    oracles.assert_same_fishers(found, oracles.exact_classifier(model, examples))
+    assert len(session.loose) == (len(found) if moves else 0)
