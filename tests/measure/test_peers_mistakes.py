@@ -374,7 +374,7 @@ class TestExamplesThatFail:
     def test_ours_goes_no_further(self, place):
         examples = tiny.ragged(9)
         examples[place] = tiny.labelled(place, [VOCABULARY] * 5, 0)  # no such token
-        with pytest.raises(IndexError):
+        with pytest.raises(MeasureError, match=f"fails on example {place} "):
             tiny.measured(tiny.classifier(), examples, batch_size=BATCH)
 
     @pytest.mark.parametrize("place", [0, 4, 8])
