@@ -6,7 +6,7 @@ the padding change nothing of the result beyond rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,6 +143,16 @@ def _joined(parts: Sequence[Tensor], value: int) -> Tensor:
         return torch.cat(list(parts))
     length = max(part.shape[-1] for part in parts)
     return torch.cat([pad(part, (0, length - part.shape[-1]), value=value) for part in parts])
+
+
+def used_ids(examples: Iterable[Example]) -> set[int]:
+    """Return all token ids that the examples have."""
+    found: set[int] = set()
+    for example in examples:
+        for name in _TOKENS:
+            if name in example.inputs:
+                found.update(example.inputs[name].unique().tolist())
+    return found
 
 
 def by_length(examples: Sequence[Example]) -> list[Example]:

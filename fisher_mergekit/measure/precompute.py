@@ -14,7 +14,7 @@ import transformers
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, SidecarError
 from fisher_mergekit.measure.adapter import check_adapter, read_adapter_config
-from fisher_mergekit.measure.batches import Example
+from fisher_mergekit.measure.batches import Example, used_ids
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.checkpointing import checkpoint_layers
 from fisher_mergekit.measure.encoding import Encoder, encode, fingerprint, reads
@@ -45,14 +45,12 @@ class Prepared:
 
     Attributes:
         job: what is to be measured.
-        tokenizer: the model's own, or None if it reads no text.
         likelihood: what log p(y|x) is for its head.
         estimator: the one asked for, or the likelihood's default.
         examples: the calibration data as the model will see it.
     """
 
     job: Job
-    tokenizer: Any
     likelihood: Likelihood
     estimator: str
     examples: list[Example]
@@ -84,7 +82,7 @@ def prepare(job: Job) -> Prepared:
     examples = encode(load_rows(calibration), encoder, likelihood)
     estimator_for(estimator).check(likelihood, config, examples, calibration)
     check_writable(job.out)
-    return Prepared(job, encoder.tokenizer, likelihood, estimator, examples)
+    return Prepared(job, likelihood, estimator, examples)
 
 
 def _config(job: Job) -> tuple[Any, str]:
@@ -125,7 +123,7 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
     likelihood, estimator = prepared.likelihood, prepared.estimator
     subject = load_subject(
         job.folder,
-        prepared.tokenizer,
+        used_ids(examples),
         base=job.base,
         dtype=getattr(torch, calibration.dtype),
         attention=calibration.attn_implementation,

@@ -9,7 +9,7 @@ it is filed under would put one tensor's Fisher on another.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Subject:
     @property
     def pad_token_id(self) -> int:
         """Any id to pad with; padding is masked."""
-        return int(self.config.pad_token_id)
+        return int(self.config.pad_token_id or 0)
 
     @property
     def measured(self) -> list[nn.Parameter]:
@@ -164,7 +164,7 @@ def check_tensors(config: PretrainedConfig, architecture: str, checkpoint: Check
 
 def load_subject(
     folder: Path,
-    tokenizer: Any,
+    used: Collection[int] = (),
     *,
     base: Path | None = None,
     dtype: torch.dtype = torch.float32,
@@ -176,7 +176,7 @@ def load_subject(
 
     Args:
         folder: the model's or the adapter's files.
-        tokenizer: says what to pad with, if the model does not; None if it reads no text.
+        used: token ids in the calibration data; padding is none of them, if the model names none.
         base: the files of the model that the adapter was trained on.
         dtype: to compute in.
         device: to compute on.
@@ -192,7 +192,7 @@ def load_subject(
             not simply tensors of its files.
     """
     if base is not None:
-        return _load_adapter(folder, base, tokenizer, dtype, device, trust_remote_code)
+        return _load_adapter(folder, base, used, dtype, device, trust_remote_code)
     checkpoint = Checkpoint(folder)
     _, architecture = read_config(folder, trust_remote_code=trust_remote_code)
     model_class = _model_class(architecture)
@@ -205,13 +205,13 @@ def load_subject(
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    return _settled(model, checkpoint, *_match(model, checkpoint), architecture, tokenizer, device)
+    return _settled(model, checkpoint, *_match(model, checkpoint), architecture, used, device)
 
 
 def _load_adapter(
     folder: Path,
     base: Path,
-    tokenizer: Any,
+    used: Collection[int],
     dtype: torch.dtype,
     device: str | torch.device,
     trust_remote_code: bool,
@@ -221,7 +221,7 @@ def _load_adapter(
         folder, base, _model_class(architecture), config, dtype, trust_remote_code=trust_remote_code
     )
     checkpoint = Checkpoint(folder, ADAPTER_STEM)
-    return _settled(model, checkpoint, groups, unmeasured, architecture, tokenizer, device)
+    return _settled(model, checkpoint, groups, unmeasured, architecture, used, device)
 
 
 def _settled(
@@ -230,11 +230,11 @@ def _settled(
     groups: tuple[Group, ...],
     unmeasured: dict[str, str],
     architecture: str,
-    tokenizer: Any,
+    used: Collection[int],
     device: str | torch.device,
 ) -> Subject:
     """Return a loaded model as a subject, once it is seen to hold what its files hold."""
-    _settle_padding(model.config, tokenizer)
+    _settle_padding(model.config, used)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in groups:
         _compare(checkpoint, group, parameters)
@@ -262,27 +262,20 @@ def _model_class(architecture: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _settle_padding(config: PretrainedConfig, tokenizer: Any) -> None:
+def _settle_padding(config: PretrainedConfig, used: Collection[int]) -> None:
     """Agree on one padding id: classifiers of decoders look for the last token that is not it.
 
-    A model of several parts, as of images and text, keeps its words' ids with its text part.
+    Where the model names none they look at the last token, be it the end-of-text token, and must
+    go on to: it becomes an id that is in none of the texts. With all ids in use there is none, and
+    such a classifier refuses batches. A model of several parts, as of images and text, keeps its
+    words' ids with its text part.
     """
     text = config.get_text_config()
     words = getattr(text, "vocab_size", 0)
-    padding = 0
-    for source, key in (
-        (config, "pad_token_id"),
-        (text, "pad_token_id"),
-        (tokenizer, "pad_token_id"),
-        (text, "eos_token_id"),
-        (tokenizer, "eos_token_id"),
-    ):
-        candidate = getattr(source, key, None)
-        if isinstance(candidate, list):
-            candidate = candidate[0]
-        if candidate is not None and 0 <= candidate < words:
-            padding = int(candidate)
-            break
+    named = [getattr(part, "pad_token_id", None) for part in (config, text)]
+    padding = next((x for x in named if x is not None and 0 <= x < words), None)
+    if padding is None:
+        padding = next((x for x in range(words) if x not in used), None)
     config.pad_token_id = text.pad_token_id = padding
 
 

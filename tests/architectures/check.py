@@ -44,7 +44,7 @@ from fisher_mergekit.measure.batches import Batch, Example
 from fisher_mergekit.measure.job import Job
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.precompute import Prepared, precompute, prepare
-from fisher_mergekit.measure.subject import check_tensors, read_config, read_tokenizer
+from fisher_mergekit.measure.subject import check_tensors, read_config
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.reader import Sidecar
@@ -143,9 +143,7 @@ def _prepared(architecture: str, job: Job) -> Prepared:
     likelihood = likelihood_for(architecture, config)
     check_tensors(config, architecture, checkpoint)
     examples = [example(architecture, number) for number in range(len(LENGTHS))]
-    return Prepared(
-        job, read_tokenizer(job.folder), likelihood, likelihood.default_estimator, examples
-    )
+    return Prepared(job, likelihood, likelihood.default_estimator, examples)
 
 
 def _run(command: Command, words: Sequence[str]) -> None:

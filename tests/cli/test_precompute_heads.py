@@ -174,3 +174,24 @@ def test_a_model_of_pictures_wants_their_column(tmp_path):
     data = tiny.write_rows(tmp_path / "data.jsonl", [{"text": "good cat"}])
     said = refuse("--model", folder, "--path", data, "--text", "text")
     assert "reads pictures; name their column, `image:`" in said
+
+
+@pytest.mark.parametrize("used", [tiny.WORDS[:3], tiny.WORDS], ids=["some words", "all words"])
+def test_a_decoder_without_padding_is_read_to_its_last_token(tmp_path, used):
+    """It classifies by its last token, which is [SEP] in every text; as its end-of-text token,
+    that is often used for padding too, and then not looked at."""
+    sizes = tiny.CLASSIFIERS["LlamaForSequenceClassification"]
+    model = tiny.build(
+        "LlamaForSequenceClassification", sizes, num_labels=3, pad_token_id=None, eos_token_id=3
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path / "model"))
+    tokenizer.add_special_tokens({"eos_token": "[SEP]", "pad_token": "[SEP]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [*used, "a good film", "xyz", "[PAD]"]
+    path = tiny.write_rows(tmp_path / "data.jsonl", [{"text": text} for text in texts])
+    succeed("--model", tmp_path / "model", "--path", path, "--text", "text")
+    examples = [tiny.labelled(i, tokenizer(text)["input_ids"]) for i, text in enumerate(texts)]
+    assert {tiny.ids_of(example)[-1] for example in examples} == {3}
+    found = fisher_of(tmp_path / "model")
+    assert_same_fishers(found, oracles.exact_classifier(model, examples))

@@ -15,7 +15,6 @@ from fisher_mergekit.measure.subject import (
     check_tensors,
     load_subject,
     read_config,
-    read_tokenizer,
 )
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 
@@ -25,7 +24,7 @@ FAMILIES = ("bert", "roberta", "distilbert", "llama", "qwen2", "gpt2")
 def load(folder, **options):
     config, architecture = read_config(folder)
     check_tensors(config, architecture, Checkpoint(folder))
-    return load_subject(folder, read_tokenizer(folder), **options)
+    return load_subject(folder, **options)
 
 
 @pytest.fixture
@@ -139,27 +138,19 @@ def test_a_checkpoint_that_is_converted_while_loading_is_refused(model, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("config_pad", "tokenizer_pad", "eos", "expected"),
+    ("named", "used", "expected"),
     [
-        (5, 6, 7, 5),
-        (None, 6, 7, 6),
-        (None, None, 7, 7),
-        (None, None, [8, 9], 8),
-        (None, None, None, 0),
-        (-1, 6, 7, 6),
-        (None, 24, 7, 7),  # a pad token that was added without a row in the embedding
+        (5, {5, 6}, 5),
+        (None, {0, 1, 3}, 2),
+        (None, set(), 0),
+        (-1, {0}, 1),
+        (24, {0}, 1),  # a pad token that was added without a row in the embedding
+        (None, range(24), None),
     ],
 )
-def test_padding_is_an_id_that_the_model_has(config_pad, tokenizer_pad, eos, expected):
-    config = tiny.transformers.LlamaConfig(
-        vocab_size=24, pad_token_id=config_pad, eos_token_id=eos, bos_token_id=1
-    )
-
-    class Tokenizer:
-        pad_token_id = tokenizer_pad
-        eos_token_id = None
-
-    _settle_padding(config, Tokenizer())
+def test_padding_is_what_the_model_says_or_an_id_that_no_text_has(named, used, expected):
+    config = tiny.transformers.LlamaConfig(vocab_size=24, pad_token_id=named)
+    _settle_padding(config, used)
     assert config.pad_token_id == expected
 
 
