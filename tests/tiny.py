@@ -60,7 +60,7 @@ def build(architecture: str, sizes: dict, **config: object) -> nn.Module:
     model_class = getattr(transformers, architecture)
     torch.manual_seed(0)  # some layers draw their first values themselves
     model = model_class(model_class.config_class(**{**sizes, **config})).eval()
-    return perturbed(model)
+    return perturbed(model, seed=2)  # with 1, no example gets through a ReLU of DistilBERT
 
 
 def classifier(architecture: str = "BertForSequenceClassification", labels: int = 3) -> nn.Module:
