@@ -143,7 +143,7 @@ def load_adapter(
         model, info = model_class.from_pretrained(
             base, config=config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {base}: {error}") from error
     random = [name for name in sorted(info["missing_keys"]) if _INSIDE + name not in checkpoint]
     if random:

@@ -179,30 +179,24 @@ def load_subject(
         used: token ids in the calibration data; padding is none of them, if the model names none.
         base: the files of the model that the adapter was trained on.
         dtype: to compute in.
-        device: to compute on.
-        trust_remote_code: whether to run code that comes with the model.
-
-    Args:
         attention: transformers' `attn_implementation`; its own choice if None, which is `sdpa` for
             models that have it.
+        device: to compute on.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
         CheckpointError: missing or damaged files, or pickles, or a model without such attention.
         MeasureError: tensors are missing from the files, or the model holds parameters that are
             not simply tensors of its files.
     """
+    options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     if base is not None:
-        return _load_adapter(folder, base, used, dtype, device, trust_remote_code)
+        return _load_adapter(folder, base, used, dtype, device, options)
     checkpoint = Checkpoint(folder)
     _, architecture = read_config(folder, trust_remote_code=trust_remote_code)
     model_class = _model_class(architecture)
     try:
-        model = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-        )
+        model = model_class.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     return _settled(model, checkpoint, *_match(model, checkpoint), architecture, used, device)
@@ -214,11 +208,13 @@ def _load_adapter(
     used: Collection[int],
     dtype: torch.dtype,
     device: str | torch.device,
-    trust_remote_code: bool,
+    options: dict[str, Any],
 ) -> Subject:
-    config, architecture = read_adapter_config(folder, base, trust_remote_code=trust_remote_code)
+    config, architecture = read_adapter_config(
+        folder, base, trust_remote_code=options["trust_remote_code"]
+    )
     model, groups, unmeasured = load_adapter(
-        folder, base, _model_class(architecture), config, dtype, trust_remote_code=trust_remote_code
+        folder, base, _model_class(architecture), config, dtype, **options
     )
     checkpoint = Checkpoint(folder, ADAPTER_STEM)
     return _settled(model, checkpoint, groups, unmeasured, architecture, used, device)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ROWS
 
 from fisher_mergekit.measure.batches import Example
+from fisher_mergekit.sidecar.reader import Sidecar
 
 QUERIES = {"target_modules": ["query", "value"]}
 
@@ -99,6 +100,12 @@ class TestAnAdapterAlone:
             tmp_path / "adapter", bert, model_class="BertForSequenceClassification",
             task_type="SEQ_CLS", **QUERIES,
         )  # fmt: skip
+
+    @pytest.mark.parametrize("way", ["eager", "sdpa"])
+    def test_attention_is_computed_as_asked(self, adapter, data, way):
+        succeed(*flags(adapter, data, "--attn-implementation", way))
+        sidecar = Sidecar(adapter / "sidecar", "fisher")
+        assert sidecar.measurement.settings.attn_implementation == way
 
     def test_the_model_is_not_touched_and_a_second_run_measures_nothing(self, adapter, bert, data):
         before = snapshot(bert)
