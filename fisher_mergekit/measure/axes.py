@@ -15,6 +15,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from fisher_mergekit.measure.batches import Batch
+
 ROWS = "rows"
 """One row an example (or a choice)."""
 SHARED = "shared"
@@ -42,6 +44,17 @@ class Axes:
     examples: int
     rows: int
     sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch) -> Axes:
+        """Return where the examples can be; an input counts if all have equally much of it."""
+        sizes = {}
+        for name, x in batch.inputs.items():
+            if not x.is_floating_point() and x.dim() > 1:
+                sizes[name] = x.numel()
+            elif len({len(example.inputs[name]) for example in batch.examples}) == 1:
+                sizes[name] = len(x)
+        return cls(len(batch), batch.rows, sizes)
 
     def readings(self, x: Tensor) -> list[Reading]:
         """Return all that a tensor's first axis can be, the likeliest first."""

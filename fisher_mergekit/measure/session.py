@@ -9,7 +9,8 @@
 Before the first batch the rules are *verified*: three examples of different lengths, padded
 together, against plain autograd on each of them alone and unpadded, for every parameter. A
 parameter whose rule disagrees, fails, or was not reached by these three examples is not measured
-wrongly but slowly, by that same plain autograd.
+wrongly but slowly, by that same plain autograd. The first full batch of each form has to predict
+what its examples predict alone.
 """
 
 from __future__ import annotations
@@ -353,7 +354,7 @@ class Session:
     def _tapped_logits(self, batch: Batch) -> Tensor:
         while True:
             try:
-                return self._taps.forward(lambda: self._logits(batch), _axes(batch), self.device)
+                return self._taps.forward(lambda: self._logits(batch), Axes.of(batch), self.device)
             except Irregular:
                 continue  # its parameters have climbed, and nothing has been added yet
 
@@ -390,17 +391,6 @@ class Session:
         ):
             return inputs
         return {name: x for name, x in inputs.items() if name != "attention_mask"}
-
-
-def _axes(batch: Batch) -> Axes:
-    """Return where the examples can be; an input counts if all have equally much of it."""
-    sizes = {}
-    for name, x in batch.inputs.items():
-        if not x.is_floating_point() and x.dim() > 1:
-            sizes[name] = x.numel()
-        elif len({len(example.inputs[name]) for example in batch.examples}) == 1:
-            sizes[name] = len(x)
-    return Axes(len(batch), batch.rows, sizes)
 
 
 def _line(error: Exception) -> str:

@@ -53,7 +53,8 @@ class Taps:
         loose: parameters that no rule covers; the session measures them example by example.
         anchor: where the gradients of a forward pass begin.
         copies: the model writes into what its modules return, as ResNet adds to it in place.
-        scale: of the gradients (`scaling.py`); the totals hold its square. It only ever falls.
+        scale: of the gradients (`scaling.py`); the totals hold its square. It falls
+            where a gradient overflows, and what has been added falls with it.
     """
 
     anchor: Tensor
