@@ -343,12 +343,12 @@ class Session:
         form = batch.examples[0].form
         if form in self._compared or len(batch) == 1:
             return False
-        self._compared.add(form)
         with torch.no_grad():
             for index in sorted({0, len(batch) // 2, len(batch) - 1}):
                 alone = self._logits(batch.single(index))
                 if differ(row(logits.detach(), index, alone), alone):
                     return True
+        self._compared.add(form)  # by now: memory can run out above
         return False
 
     def _tapped_logits(self, batch: Batch) -> Tensor:
