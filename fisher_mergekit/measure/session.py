@@ -219,7 +219,7 @@ class Session:
         errors = self._rounding(batch, start, [p for p in suspects if p not in unreached])
         eps = torch.finfo(logits.dtype).eps
         # Where plain autograd finds nothing at all, a rule may find the last digit of a sum.
-        zero = max(sizes.values()) * (50 * eps) ** 2
+        zero = max(sizes.values()) * eps**2
         wrong = []
         for parameter in suspects:
             allowed = zero
