@@ -39,6 +39,9 @@ from fisher_mergekit.measure.units import Unit, sequence
 
 LOG = logging.getLogger(__name__)
 
+ROUNDINGS = 50
+"""How many times as far as plain autograd is from itself a rule may be from it."""
+
 _MOVED = "padding, or what else is in a batch, moves its predictions"
 _LESS_MEMORY = (
     "Less is needed with `gradient_checkpointing: true`, with `max_length` cut, and with "
@@ -226,7 +229,7 @@ class Session:
             if parameter in unreached:  # nothing is measured there later either
                 allowed = 0.0
             elif parameter in errors:  # the fewer digits it has, the more
-                allowed = tolerance * sizes[parameter] * errors[parameter] / eps
+                allowed = sizes[parameter] * max(tolerance, ROUNDINGS * errors[parameter])
             if differences[parameter] > allowed:
                 wrong.append(parameter)
         return wrong

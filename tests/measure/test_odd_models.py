@@ -406,6 +406,13 @@ def test_odd_models_are_measured_exactly_and_named_in_the_log(case, caplog):
             )
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_more_digits_make_verification_no_milder(case):
+    model, examples = tiny.perturbed(case()).double(), tiny.ragged(9)
+    found = tiny.measured(model, examples, batch_size=4, fast=False)
+    oracles.assert_same_fishers(found, oracles.exact_classifier(model, examples))
+
+
 @pytest.mark.parametrize("estimator", ["sampled", "empirical"])
 def test_the_loop_takes_the_same_outcomes_as_the_batch(estimator):
     """Half of the parameters are measured in batches, half alone: of the same y."""
