@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fisher_mergekit import __version__
-from fisher_mergekit.errors import CalibrationError, SidecarError
+from fisher_mergekit.errors import CalibrationError, MeasureError, SidecarError
 from fisher_mergekit.measure.adapter import check_adapter, read_adapter_config
 from fisher_mergekit.measure.batches import Example, used_ids
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
@@ -74,6 +74,11 @@ def prepare(job: Job) -> Prepared:
     likelihood = likelihood_for(architecture, config)
     estimator = calibration.estimator or likelihood.default_estimator
     likelihood.check(config, calibration.unit)
+    if calibration.mask_prompt and not likelihood.has_prompt:
+        raise MeasureError(
+            f"`mask_prompt` is for language models, and {architecture} scores no prompt anyway. "
+            "Leave it out."
+        )
     if job.base is None:
         check_tensors(config, architecture, checkpoint)
     else:

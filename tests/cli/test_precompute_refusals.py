@@ -57,7 +57,7 @@ class TestBadInput:
             (ROWS, ["--batch-size", "all"], "examples above 0, or auto, got 'all'."),
             (ROWS, ["--split", "test"], "split 'test'"),
             (ROWS, ["--messages", "text"], "text:"),
-            (ROWS, ["--mask-prompt"], "mask_prompt needs to know the prompt"),
+            (ROWS, ["--mask-prompt"], "BertForSequenceClassification scores no prompt anyway"),
         ],
     )  # fmt: skip
     def test_calibration(self, bert, tmp_path, rows, options, phrase):
@@ -65,6 +65,9 @@ class TestBadInput:
         named = [] if "--text" in options else ["--text", "text"]
         said = refuse("--model", bert, "--path", data, *named, *options)
         assert phrase in said
+
+    def test_a_prompt_that_is_not_named(self, gpt2, data):
+        assert "mask_prompt needs to know the prompt" in refuse(*flags(gpt2, data, "--mask-prompt"))
 
     def test_no_data(self, bert):
         assert "no calibration data. Add `calibration:" in refuse("--model", bert)

@@ -30,6 +30,8 @@ class Likelihood(ABC):
     """Whether the empirical estimator needs a label column."""
     has_positions: ClassVar[bool] = False
     """Whether log p is a sum over positions of the logits, so that `unit: token` says something."""
+    has_prompt: ClassVar[bool] = False
+    """Whether a part of the text can be left unscored, `mask_prompt: true`."""
     is_causal: ClassVar[bool] = False
     """Whether the logits at a position must not depend on the tokens after it."""
 

@@ -22,6 +22,7 @@ class CausalLM(CategoricalPositions):
     name = "causal_lm"
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     needs_label = False
+    has_prompt = True
     is_causal = True
 
     @classmethod

@@ -29,6 +29,7 @@ class MaskedLM(CategoricalPositions):
     name = "masked_lm"
     heads = ("ForMaskedLM",)
     needs_label = False
+    has_prompt = True
 
     def classes(self, config: Any) -> int:
         return int(config.vocab_size)
