@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.axes import Axes, NoExamples
+from fisher_mergekit.measure.batches import Batch
 from fisher_mergekit.measure.contributions import Contribution, add_squares
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import Unfit, own_parameters
@@ -120,6 +121,15 @@ class Taps:
     def is_empty(self) -> bool:
         """Whether no layer has a rule: all is left to the loop over single examples."""
         return not self._layers
+
+    def check_finite(self) -> None:
+        """Raise MeasureError for a total that is not finite."""
+        for parameter, total in self.totals.items():
+            if not total.isfinite().all():
+                raise MeasureError(
+                    f"the Fisher of {self._names[parameter]} is not finite. Look for NaN in the "
+                    "weights, or measure in float32 (`dtype: float32`)."
+                )
 
     def loosen_all(self, reason: str) -> None:
         """Leave all parameters to the loop over single examples, and say so once."""
@@ -239,19 +249,22 @@ class Taps:
                 else:
                     layer.module.forward = layer.original
 
-    def forward(self, run: Callable[[], Tensor], axes: Axes, device: torch.device) -> Tensor:
-        """Run one batch's forward pass, tapped.
+    def forward(self, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """Run one batch's forward pass, tapped."""
+        while True:
+            try:
+                return self._forward(run, batch)
+            except Irregular:
+                continue  # its parameters have climbed, and nothing has been added yet
 
-        Raises:
-            Irregular: a rule did not fit, and its parameters have climbed. Run it again.
-        """
-        self._axes = axes
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
+    def _forward(self, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        self._axes = Axes.of(batch)
+        self.anchor = torch.zeros((), device=batch.device, requires_grad=True)
         for layer in self._layers.values():
             layer.calls = 0
         with self.installed(), torch.enable_grad():
             try:
-                return run()
+                return run(batch)
             except (RuntimeError, ValueError, IndexError) as error:
                 if _IN_PLACE in str(error) and not self.copies:
                     self.copies = True

@@ -176,7 +176,7 @@ def models(device: torch.device, rounds: int) -> None:
             device=device,
         )
         session.verify(examples)
-        batch = session._placed(collate(examples, 0))
+        batch = session.placed(collate(examples, 0))
         labels = batch.inputs["input_ids"]
 
         def step(batch=batch, labels=labels) -> None:

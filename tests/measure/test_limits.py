@@ -84,7 +84,7 @@ class Device:
         raise torch.OutOfMemoryError("out of memory")
 
     def limit(self, session):
-        logits = session._logits
+        logits = session.logits
 
         def limited(batch):
             if len(batch) == 1:  # an example alone, to compare with
@@ -98,7 +98,7 @@ class Device:
                 self.logits.append(weakref.ref(found))
             return found
 
-        session._logits = limited
+        session.logits = limited
         return session
 
 

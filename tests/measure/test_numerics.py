@@ -78,7 +78,7 @@ class TestCheckpointing:
                 calls.append(layer.training)
 
         layer.intermediate.register_forward_hook(note)
-        session._add_batch(session._placed(collate(examples, tiny.PAD)))
+        session._add_batch(session.placed(collate(examples, tiny.PAD)))
         # Once forward, and once for each of the two backward passes of three classes.
         assert calls == [False] * 3
 
@@ -114,7 +114,7 @@ if {checkpointing}:
     checkpoint_layers(model)
 session = tiny.session_for(model)
 session.verify = lambda examples: session._taps.seal()
-logits = session._tapped_logits(session._placed(collate(examples[:1], tiny.PAD)))
+logits = session._taps.forward(session.logits, session.placed(collate(examples[:1], tiny.PAD)))
 del logits
 session._taps.seal()
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
