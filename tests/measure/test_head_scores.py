@@ -176,6 +176,7 @@ def test_padding_is_no_place_for_an_answer():
         ("BertForSequenceClassification", {"num_labels": 1}, "regression"),
         ("BertForSequenceClassification", {"num_labels": 2}, "categorical"),
         ("ViTForImageClassification", {"num_labels": 9}, "categorical"),
+        ("DeiTForImageClassificationWithTeacher", {"num_labels": 9}, "categorical"),
         ("XForSequenceClassification", {"num_labels": 2, "problem_type": "regression"},
          "regression"),
         ("XForSequenceClassification",

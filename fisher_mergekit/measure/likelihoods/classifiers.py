@@ -13,7 +13,12 @@ from fisher_mergekit.measure.likelihoods.base import Likelihood
 
 SINGLE_LABEL = "single_label_classification"
 
-HEADS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+HEADS = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForImageClassificationWithTeacher",
+    "ForAudioClassification",
+)
 
 
 class Classifier(Likelihood):
