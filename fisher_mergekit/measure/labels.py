@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from fisher_mergekit.errors import CalibrationError
 
+_OWN = "Give data of the model's own task"
 _REMEDY = "only the empirical estimator needs labels, for the others drop `label:`."
 
 
@@ -37,7 +38,7 @@ def class_index(label: Any, config: PretrainedConfig) -> int:
     names = ", ".join(str(config.id2label[i]) for i in range(min(classes, 8)))
     raise CalibrationError(
         f"label {label!r} is none of the model's {classes} classes (0 to {classes - 1}: {names}). "
-        f"Give data of the model's own task; {_REMEDY}"
+        f"{'Write 1 for true and 0 for false' if isinstance(label, bool) else _OWN}; {_REMEDY}"
     )
 
 

@@ -270,6 +270,12 @@ class TestEncoding:
         with pytest.raises(CalibrationError, match=r"none of the model's 2 classes .*no, yes"):
             encode([Row("cat", None, label)], tokenizer, config, Calibration(path="data"))
 
+    def test_a_truth_is_told_to_be_a_number(self, tokenizers):
+        tokenizer, _ = tokenizers["bert"]
+        config = tiny.transformers.BertConfig(num_labels=2)
+        with pytest.raises(CalibrationError, match="Write 1 for true and 0 for false; only"):
+            encode([Row("cat", None, True)], tokenizer, config, Calibration(path="data"))
+
     def test_a_text_without_tokens_is_refused(self, tokenizers):
         with pytest.raises(CalibrationError, match="example 0: the text has no tokens"):
             encoded(tokenizers, "gpt2", Row("   ", None, None))
