@@ -42,12 +42,24 @@ class Passes:
 
     def logits(self, batch: Batch) -> Tensor:
         """Return what the likelihood is a function of, `[b, …]`."""
+        self._forget_lengths()
         return self.likelihood.logits(self.model(**self._accepted(batch.inputs)), batch)
 
     def starts(self, logits: Tensor, batch: Batch) -> list[Tensor]:
         """Return where the batch's backward passes begin, each as the logits."""
         starts = self.estimator.starts(self.likelihood, logits.detach(), batch, self.seed)
         return [self.unit.weigh(start, batch, self.seed) for start in starts]
+
+    def _forget_lengths(self) -> None:
+        """Make rotary positions adapt to this batch alone.
+
+        transformers' dynamic ones keep what they made for the longest text that they have seen, so
+        that what is predicted for a text would depend on the texts before it.
+        """
+        for module in self.model.modules():
+            for name in vars(module):
+                if name.endswith("max_seq_len_cached"):
+                    setattr(module, name, 0)
 
     def _accepted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs without a mask for a model that takes none (as FNet)."""
