@@ -8,8 +8,9 @@ stands in the metadata of an unsharded `.safetensors` file, which therefore can 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,10 +46,63 @@ class WeightRecord(_Record):
 
 
 class PrecisionRecord(_Record):
-    """One measured tensor: xxh3-128 of its bytes, and the sum of its squared values."""
+    """One stored tensor: xxh3-128 of its bytes, and what can be said of it without reading it.
+
+    Attributes:
+        asymmetry: of a factor that is a matrix A: max |A - Aᵀ| / max |A|.
+    """
 
     checksum: str
     sum_of_squares: float
+    asymmetry: float | None = None
+
+
+class Factors(_Record):
+    """Which stored tensors are the precision of one weight: a Kronecker product outputs ⊗ inputs.
+
+    A factor is a symmetric matrix, or the diagonal of one. Weights that get the same inputs share
+    their factor.
+
+    Attributes:
+        inputs: `[…, i, i]` or `[…, i]`, with the weight's leading axes.
+        outputs: `[…, o, o]` or `[…, o]`; None stands for the identity.
+        input_axis: the weight's axis along which its inputs run, -1 or -2.
+    """
+
+    inputs: str
+    outputs: str | None = None
+    input_axis: Literal[-1, -2] = -1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored tensors."""
+        return (self.inputs,) if self.outputs is None else (self.inputs, self.outputs)
+
+    def misfit(self, weight: Sequence[int], stored: Mapping[str, Sequence[int]]) -> str | None:
+        """Say which factor has another shape than a weight of this shape needs, if one has.
+
+        Args:
+            weight: its shape.
+            stored: the shape of every stored tensor.
+        """
+        if len(weight) < 2:
+            return f"a weight of shape {list(weight)} has no inputs and outputs"
+        *lead, first, last = weight
+        inputs, outputs = (last, first) if self.input_axis == -1 else (first, last)
+        for role, name, width in (
+            ("input", self.inputs, inputs),
+            ("output", self.outputs, outputs),
+        ):
+            if name is None:
+                continue
+            if name not in stored:
+                return f"{name} is missing"
+            if tuple(stored[name]) not in ((*lead, width, width), (*lead, width)):
+                return (
+                    f"{name} has shape {list(stored[name])}, but its weight {list(weight)} has "
+                    f"{width} {role}s"
+                )
+        return None
 
 
 class Settings(_Record):
@@ -69,12 +123,20 @@ class Settings(_Record):
 
 
 class Measurement(_Record):
-    """Everything about one kind in a sidecar."""
+    """Everything about one kind in a sidecar.
+
+    Attributes:
+        weights: the weights that it describes.
+        tensors: what is stored. Without `factors`, one tensor a weight, of its name and shape.
+        factors: by weight, which stored tensors describe it.
+        unmeasured: other floating tensors of the model, and why nothing is stored of them.
+    """
 
     settings: Settings
     calibration: dict[str, Any]
     weights: dict[str, WeightRecord]
     tensors: dict[str, PrecisionRecord]
+    factors: dict[str, Factors] = {}
     unmeasured: dict[str, str] = {}
     versions: dict[str, str] = {}
     wall_seconds: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def read_header(path: Path) -> Header | None:
 
 
 class Sidecar(Mapping[str, TensorInfo]):
-    """One kind of one sidecar, structurally checked: names, shapes, sizes and header agree.
+    """The stored tensors of one kind, structurally checked: names, shapes, sizes and header agree.
 
     Args:
         path: a sidecar folder, or one `.safetensors` file.
@@ -94,13 +94,35 @@ class Sidecar(Mapping[str, TensorInfo]):
                 f"the sidecar {self.path} is partial: {len(recorded ^ stored)} tensors, for "
                 f"example {odd}, are {where}."
             )
-        for name, info in self._tensors.items():
-            weight = self.measurement.weights.get(name)
-            if weight is None or info.shape != weight.shape:
-                raise SidecarError(
-                    f"the sidecar {self.path} is corrupt: {name} has shape {list(info.shape)}, its "
-                    f"weight {list(weight.shape) if weight else 'is not in the header'}."
-                )
+        measurement = self.measurement
+        shapes = {name: info.shape for name, info in self._tensors.items()}
+        misfits = {
+            name: record.misfit(measurement.weights[name].shape, shapes)
+            if name in measurement.weights
+            else "its weight is not in the header"
+            for name, record in measurement.factors.items()
+        }
+        used = {name for record in measurement.factors.values() for name in record.names}
+        for name, shape in shapes.items() if not measurement.factors else ():
+            weight = measurement.weights.get(name)
+            held = list(weight.shape) if weight else "is not in the header"
+            if weight is None or shape != weight.shape:
+                misfits[name] = f"{name} has shape {list(shape)}, its weight {held}"
+        for name in shapes.keys() - used if measurement.factors else ():
+            misfits[name] = f"no weight is described by {name}"
+        problem = next(filter(None, misfits.values()), None)
+        if problem is not None:
+            raise SidecarError(f"the sidecar {self.path} is corrupt: {problem}.")
+
+    @property
+    def weights(self) -> Collection[str]:
+        """Names of the weights that it describes."""
+        return (self.measurement.factors or self.measurement.tensors).keys()
+
+    def stored(self, weight: str) -> tuple[str, ...]:
+        """Return the names of the stored tensors that describe a weight."""
+        factors = self.measurement.factors
+        return factors[weight].names if factors else (weight,)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fisher_mergekit.sidecar.header import (
     Measurement,
     ModelIdentity,
     PrecisionRecord,
+    WeightRecord,
 )
 from fisher_mergekit.sidecar.location import FOLDER_NAME
 from fisher_mergekit.sidecar.page import PAGE_MARK, PAGE_NAME, render_page
@@ -31,15 +32,35 @@ SHARD_SIZE = 5_000_000_000
 PARTIAL = ".partial"
 
 
-def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, PrecisionRecord]:
-    """Return the header's record of each measured tensor (CPU, float32 or bfloat16)."""
+def describe(
+    tensors: Mapping[str, torch.Tensor], symmetric: Collection[str] = ()
+) -> dict[str, PrecisionRecord]:
+    """Return the header's record of each stored tensor (CPU, float32 or bfloat16).
+
+    Args:
+        symmetric: names of those that are symmetric matrices, `[…, n, n]`.
+    """
     return {
         name: PrecisionRecord(
             checksum=checksum(tensor),
-            sum_of_squares=float(tensor.double().square().sum()),
+            sum_of_squares=sum(float(x.double().square().sum()) for x in _pieces(tensor)),
+            asymmetry=_asymmetry(tensor) if name in symmetric else None,
         )
         for name, tensor in tensors.items()
     }
+
+
+def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return list(tensor.reshape(-1).split(1 << 22))  # in float64, but never all of it at a time
+
+
+def _asymmetry(factor: torch.Tensor) -> float:
+    """Return max |A - Aᵀ| / max |A|."""
+    if not factor.numel():
+        return 0.0
+    largest = max(float(x.abs().max()) for x in _pieces(factor))
+    difference = max(float((a - a.mT).abs().max()) for a in factor.reshape(-1, *factor.shape[-2:]))
+    return difference / largest if largest else 0.0
 
 
 def check_writable(folder: Path) -> None:
@@ -113,7 +134,7 @@ def write_sidecar(
 def _other_kinds(
     folder: Path, kind: str, model: ModelIdentity, measurement: Measurement
 ) -> dict[str, Measurement]:
-    """Return what else the folder holds of the very same weights."""
+    """Return what else the folder holds of the very same weights; kinds describe more or fewer."""
     try:
         header = read_header(folder)
     except SidecarError:
@@ -123,8 +144,13 @@ def _other_kinds(
     return {
         name: other
         for name, other in header.kinds.items()
-        if name != kind and other.weights == measurement.weights
+        if name != kind and _agree(other.weights, measurement.weights)
     }
+
+
+def _agree(one: Mapping[str, WeightRecord], two: Mapping[str, WeightRecord]) -> bool:
+    shared = one.keys() & two.keys()
+    return bool(shared) and all(one[name] == two[name] for name in shared)
 
 
 def _may_write_page(path: Path) -> bool:
