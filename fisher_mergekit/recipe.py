@@ -79,6 +79,7 @@ class Calibration(BaseModel):
     messages: str | None = None
     image: str | None = None
     choices: str | tuple[str, ...] | None = None
+    optimizer: str | None = None
     label: str | None = None
     estimator: Estimator | None = None
     unit: Unit = "sequence"
@@ -97,6 +98,8 @@ class Calibration(BaseModel):
 CALIBRATION_KEYS = tuple(Calibration.model_fields)
 _SOURCES = ("text", "choices", "messages", "image")
 """Keys that say what the model reads, of which a model has its own or the recipe's, never both."""
+_STATE_KEYS = ("optimizer", "sidecar_dtype")
+"""Keys that count where an optimizer's state is read, and nothing is measured on data."""
 _EXPECTED = {
     "batch_size": "Expected a number of examples above 0, or auto",
     "text": "Expected a column, or a pair [first, second]",
@@ -141,6 +144,17 @@ def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibrati
                     f"{where}: unknown key {key!r}.{nearest(str(key), CALIBRATION_KEYS)} "
                     f"Known keys: {', '.join(CALIBRATION_KEYS)}."
                 )
+        if layer.get("optimizer") is not None:
+            idle = [k for k, value in layer.items() if k not in _STATE_KEYS and value is not None]
+            if idle:
+                raise RecipeError(
+                    f"{where}: {idle[0]!r} has no effect beside 'optimizer', whose state is read "
+                    "as it is. Leave one of the two out."
+                )
+            # What the recipe says of all models is of those that are measured on data.
+            merged = {key: value for key, value in merged.items() if key in _STATE_KEYS}
+        elif layer.get("path") is not None:
+            merged.pop("optimizer", None)
         if any(layer.get(key) is not None for key in _SOURCES):
             for key in _SOURCES:  # a chat of one model's own replaces the others' text
                 merged.pop(key, None)

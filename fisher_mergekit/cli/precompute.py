@@ -21,6 +21,7 @@ from fisher_mergekit.errors import (
 from fisher_mergekit.measure.job import Job, existing_sidecar
 from fisher_mergekit.measure.precompute import Prepared, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
+from fisher_mergekit.measure.sources.adam import PreparedState
 from fisher_mergekit.recipe import (
     Attention,
     Calibration,
@@ -29,6 +30,7 @@ from fisher_mergekit.recipe import (
     read_calibration,
     read_recipe,
 )
+from fisher_mergekit.sidecar.page import what_was_read
 
 _REPEATED = ("text", "choices")
 _CALIBRATION_FLAGS = (
@@ -40,6 +42,8 @@ _CALIBRATION_FLAGS = (
     ("--image", "image", str, "Column of pictures."),
     ("--choices", "choices", str, "Column of lists of choices; or give it once for each choice."),
     ("--label", "label", str, "Label column."),
+    ("--optimizer", "optimizer", str,
+     "Instead of data: a training's optimizer.pt, or its folder; Adam's second moment is taken."),
     ("--estimator", "estimator", click.Choice(get_args(Estimator)),
      "Where y comes from.  [default: exact for classifiers, sampled for language models]"),
     ("--unit", "unit", click.Choice(get_args(Unit)), "Whose gradient is squared whole."),
@@ -80,6 +84,7 @@ Examples:
   mergekit-fisher precompute recipe.yml
   mergekit-fisher precompute recipe.yml --examples 256 --force
   mergekit-fisher precompute --model ./rte --path rte.jsonl --text premise --text hypothesis
+  mergekit-fisher precompute --model ./run/checkpoint-500 --optimizer ./run/checkpoint-500
 """
 )
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
@@ -139,7 +144,7 @@ def precompute(
     }
     storage = Storage(transformers_cache, lora_merge_cache, lora_merge_dtype, trust_remote_code)
     valid: list[Job] = []
-    waiting: list[Prepared] = []
+    waiting: list[Prepared | PreparedState] = []
     problems: list[str] = []
     for reference, given, default_kind, calibration in _requests(recipe, model, out, overrides):
         is_pair = reference.lora is not None
@@ -177,10 +182,8 @@ def precompute(
             except FisherMergekitError as error:
                 raise MeasureError(f"{job.reference}: {error.message}") from error
         if not quiet:
-            settings = header.kinds[job.kind].settings
             click.echo(
-                f"{job.reference}: read {settings.examples:,} examples "
-                f"({settings.tokens:,} tokens), wrote {job.out}"
+                f"{job.reference}: read {what_was_read(header.kinds[job.kind])}, wrote {job.out}"
             )
     if not quiet:
         jobs = [*valid, *(prepared.job for prepared in waiting)]
@@ -237,6 +240,8 @@ def _requests(
         raise RecipeError(f"{recipe_path} has no model {model!r}; it has {names}.")
     if out is not None and len(chosen) > 1:
         raise RecipeError("--out is the folder of one sidecar: name the model too, --model MODEL.")
+    if "optimizer" in overrides and len(chosen) > 1:
+        raise RecipeError("--optimizer is of one model: name the model too, --model MODEL.")
     requests = []
     for entry in chosen:
         calibration = read_calibration(

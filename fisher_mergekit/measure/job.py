@@ -11,6 +11,7 @@ import xxhash
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.measure.adapter import ADAPTER_STEM
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES
+from fisher_mergekit.measure.sources.optimizer import identify
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Measurement
@@ -19,7 +20,7 @@ from fisher_mergekit.sidecar.writer import SHARD_SIZE
 
 _SOURCE_KEYS = (
     "path", "name", "split", "data_files", "text", "messages", "image", "choices", "label",
-    "shuffle",
+    "shuffle", "optimizer",
 )  # fmt: skip
 """Calibration keys that say which data; recorded in the header."""
 
@@ -96,25 +97,31 @@ def _differences(job: Job, measurement: Measurement) -> list[str]:
     asked, settings, recorded = job.calibration, measurement.settings, measurement.calibration
     source = source_of(asked)
     pairs: dict[str, tuple[Any, Any]] = {
-        "estimator": (settings.estimator, asked.estimator or settings.estimator),
-        "unit": (settings.unit, asked.unit),
-        "max_length": (settings.max_length, asked.max_length),
-        "examples": (settings.examples_requested, asked.examples or DEFAULT_EXAMPLES),
-        "seed": (settings.seed, asked.seed),
-        "mask_prompt": (settings.mask_prompt, asked.mask_prompt),
-        "dtype": (settings.compute_dtype, asked.dtype),
         "sidecar_dtype": (settings.dtype, asked.sidecar_dtype),
         **{key: (recorded.get(key), source.get(key)) for key in _SOURCE_KEYS},
     }
+    if asked.optimizer is None:  # whose state is what it is
+        pairs |= {
+            "estimator": (settings.estimator, asked.estimator or settings.estimator),
+            "unit": (settings.unit, asked.unit),
+            "max_length": (settings.max_length, asked.max_length),
+            "examples": (settings.examples_requested, asked.examples or DEFAULT_EXAMPLES),
+            "seed": (settings.seed, asked.seed),
+            "mask_prompt": (settings.mask_prompt, asked.mask_prompt),
+            "dtype": (settings.compute_dtype, asked.dtype),
+        }
     if "data" in source:
-        pairs["the content of path"] = (recorded.get("data"), source["data"])
-    if asked.path is None:
+        where = "path" if asked.optimizer is None else "optimizer"
+        pairs[f"the content of {where}"] = (recorded.get("data"), source["data"])
+    if asked.path is None and asked.optimizer is None:
         pairs = {key: pair for key, pair in pairs.items() if key in asked.model_fields_set}
     return [f"{key} was {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now]
 
 
 def source_of(calibration: Calibration) -> dict[str, Any]:
     """Return which data is meant; `data` is a digest of it where it is a file that is there."""
+    if calibration.optimizer is not None:
+        return identify(Path(calibration.optimizer))
     source = {
         key: value
         for key, value in calibration.model_dump(mode="json").items()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, MeasureError, SidecarError
@@ -24,7 +25,11 @@ from fisher_mergekit.measure.job import Job, source_of
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.session import Session
+from fisher_mergekit.measure.sources.adam import PreparedState
+from fisher_mergekit.measure.sources.adam import measure as from_state
+from fisher_mergekit.measure.sources.adam import prepare as prepare_state
 from fisher_mergekit.measure.subject import (
+    Subject,
     check_tensors,
     load_subject,
     read_config,
@@ -56,7 +61,7 @@ class Prepared:
     examples: list[Example]
 
 
-def prepare(job: Job) -> Prepared:
+def prepare(job: Job) -> Prepared | PreparedState:
     """Find out all that can be wrong with a job before any model is loaded.
 
     Raises:
@@ -69,6 +74,8 @@ def prepare(job: Job) -> Prepared:
             f"{job.out} is no valid sidecar, and one file is not what is written: name the folder, "
             f"`sidecar: {job.out.parent}`."
         )
+    if calibration.optimizer is not None:
+        return prepare_state(job)
     checkpoint = job.checkpoint()
     config, architecture = _config(job)
     likelihood = likelihood_for(architecture, config)
@@ -113,7 +120,9 @@ def _encoder(job: Job, config: Any, architecture: str) -> Encoder:
     return Encoder(config, calibration, processor=processor)
 
 
-def precompute(prepared: Prepared, progress: Progress = lambda done, total: None) -> Header:
+def precompute(
+    prepared: Prepared | PreparedState, progress: Progress = lambda done, total: None
+) -> Header:
     """Measure one model and write its sidecar.
 
     Returns:
@@ -123,6 +132,35 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
         FisherMergekitError: what is wrong, where, and what mends it. Nothing partial is left.
     """
     start = time.perf_counter()
+    job = prepared.job
+    if isinstance(prepared, PreparedState):
+        subject, fishers, settings, origin = from_state(prepared)
+    else:
+        subject, fishers, settings, origin = _from_data(prepared, progress)
+    dtype = getattr(torch, job.calibration.sidecar_dtype)
+    on_disk = {name: tensor.to("cpu", dtype) for name, tensor in subject.on_disk(fishers)}
+    tensors = dict(sorted(on_disk.items()))
+    measurement = Measurement(
+        settings=settings,
+        calibration={**source_of(job.calibration), **origin},
+        weights=subject.weight_records(),
+        tensors=describe(tensors),
+        unmeasured=subject.unmeasured,
+        versions=versions(),
+        wall_seconds=round(time.perf_counter() - start, 3),
+    )
+    identity = ModelIdentity(
+        reference=job.reference, revision=job.revision, architecture=subject.architecture
+    )
+    return write_sidecar(
+        job.out, job.kind, identity, measurement, tensors, shard_size=job.shard_size
+    )
+
+
+def _from_data(
+    prepared: Prepared, progress: Progress
+) -> tuple[Subject, dict[nn.Parameter, Tensor], Settings, dict[str, Any]]:
+    """Measure a model on data; return it, its Fisher, and how and on what it was measured."""
     job, examples = prepared.job, prepared.examples
     calibration = job.calibration
     likelihood, estimator = prepared.likelihood, prepared.estimator
@@ -151,26 +189,10 @@ def precompute(prepared: Prepared, progress: Progress = lambda done, total: None
     fishers = session.run(
         examples, calibration.batch_size, lambda count: progress(count, len(examples))
     )
-    dtype = getattr(torch, calibration.sidecar_dtype)
-    on_disk = {name: tensor.to("cpu", dtype) for name, tensor in subject.on_disk(fishers)}
-    tensors = dict(sorted(on_disk.items()))
-    measurement = Measurement(
-        settings=_settings(
-            calibration, likelihood, estimator, [len(e) for e in examples], subject.attention
-        ),
-        calibration={**source_of(calibration), "fingerprint": fingerprint(examples)},
-        weights=subject.weight_records(),
-        tensors=describe(tensors),
-        unmeasured=subject.unmeasured,
-        versions=versions(),
-        wall_seconds=round(time.perf_counter() - start, 3),
+    settings = _settings(
+        calibration, likelihood, estimator, [len(e) for e in examples], subject.attention
     )
-    identity = ModelIdentity(
-        reference=job.reference, revision=job.revision, architecture=subject.architecture
-    )
-    return write_sidecar(
-        job.out, job.kind, identity, measurement, tensors, shard_size=job.shard_size
-    )
+    return subject, fishers, settings, {"fingerprint": fingerprint(examples)}
 
 
 def _settings(

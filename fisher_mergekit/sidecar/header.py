@@ -106,17 +106,20 @@ class Factors(_Record):
 
 
 class Settings(_Record):
-    """How a kind was measured. Two sidecars are comparable if these agree where it matters."""
+    """How a kind was measured. Two sidecars are comparable if these agree where it matters.
+
+    What counts data is None where there was none to count, but a training's own statistics.
+    """
 
     estimator: str
     unit: str
     likelihood: str
-    examples: int
+    examples: int | None = None
     examples_requested: int | None = None
-    tokens: int
-    max_length: int
+    tokens: int | None = None
+    max_length: int | None = None
     mask_prompt: bool = False
-    seed: int
+    seed: int | None = None
     compute_dtype: str = "float32"
     dtype: str = "float32"
     attn_implementation: str | None = None

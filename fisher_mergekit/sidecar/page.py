@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from fisher_mergekit.sidecar.header import Header, Measurement
+from collections.abc import Mapping
+from typing import Any
+
+from fisher_mergekit.sidecar.header import Header, Measurement, Settings
 
 KIND_NAMES = {"fisher": "diagonal Fisher information"}
 
-_DATA_FIRST = ("path", "name", "split", "text", "messages", "label")
+_DATA_FIRST = ("path", "name", "split", "text", "messages", "label", "optimizer", "steps")
 
 PAGE_NAME = "README.md"
 PAGE_MARK = "library_name: fisher_mergekit"
@@ -21,8 +24,8 @@ tags: [fisher, mergekit, merge]
 
 These files hold statistics of **{reference}**{revision} ({architecture}), measured once so that
 anyone can merge the model weighted by what it knows, with
-[mergekit](https://github.com/arcee-ai/mergekit) and `fisher_mergekit`. They are means over
-calibration examples; they contain no weights and no text.
+[mergekit](https://github.com/arcee-ai/mergekit) and `fisher_mergekit`. They contain no weights and
+no text.
 
 {kinds}
 ## Use
@@ -61,33 +64,58 @@ def render_page(header: Header) -> str:
 
 def _kind(kind: str, measurement: Measurement) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts(measurement).items())
-    return _KIND.format(kind=kind, long_name=KIND_NAMES.get(kind, kind), rows=rows)
+    long_name = KIND_NAMES.get(kind, kind)
+    if measurement.settings.estimator == "adam":
+        long_name = f"Adam's second moment, kept in training, in place of the {long_name}"
+    return _KIND.format(kind=kind, long_name=long_name, rows=rows)
 
 
 def facts(measurement: Measurement) -> dict[str, str]:
     """Return a measurement's provenance as short lines, for the page and for `inspect`."""
     settings = measurement.settings
-    asked = settings.examples_requested
-    short = f" (asked for {asked:,})" if asked and asked > settings.examples else ""
-    data = ", ".join(
-        f"{key} `{value}`"
-        for key in (*_DATA_FIRST, *sorted(measurement.calibration.keys() - set(_DATA_FIRST)))
-        if (value := measurement.calibration.get(key)) not in (None, False)
-    )
     lines = {
-        "calibration": data,
-        "examples": f"{settings.examples:,}{short}",
-        "tokens": f"{settings.tokens:,}, at most {settings.max_length:,} an example",
+        "calibration": _data(measurement.calibration),
+        "examples": _examples(settings),
+        "tokens": _tokens(settings),
         "likelihood": settings.likelihood,
         "estimator": settings.estimator,
         "unit": settings.unit,
-        "seed": str(settings.seed),
+        "seed": None if settings.seed is None else str(settings.seed),
         "dtype": f"{settings.dtype}, computed in {settings.compute_dtype}",
         "tensors": f"{len(measurement.tensors):,}",
         "versions": ", ".join(f"{k} {v}" for k, v in sorted(measurement.versions.items())),
+        "prompt": "masked" if settings.mask_prompt else None,
     }
     if settings.attn_implementation:
-        lines["dtype"] += f", attention by {settings.attn_implementation}"
-    if settings.mask_prompt:
-        lines["prompt"] = "masked"
-    return lines
+        lines["dtype"] = f"{lines['dtype']}, attention by {settings.attn_implementation}"
+    return {name: line for name, line in lines.items() if line is not None}
+
+
+def what_was_read(measurement: Measurement) -> str:
+    """Return in a few words what a measurement saw."""
+    settings = measurement.settings
+    if settings.examples is None:
+        return f"what {measurement.calibration.get('steps', 0):,} training steps left"
+    return f"{settings.examples:,} examples ({settings.tokens:,} tokens)"
+
+
+def _data(calibration: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} `{value}`"
+        for key in (*_DATA_FIRST, *sorted(calibration.keys() - set(_DATA_FIRST)))
+        if (value := calibration.get(key)) not in (None, False)
+    )
+
+
+def _examples(settings: Settings) -> str | None:
+    if settings.examples is None:
+        return None
+    asked = settings.examples_requested
+    short = f" (asked for {asked:,})" if asked and asked > settings.examples else ""
+    return f"{settings.examples:,}{short}"
+
+
+def _tokens(settings: Settings) -> str | None:
+    if settings.tokens is None:
+        return None
+    return f"{settings.tokens:,}, at most {settings.max_length:,} an example"

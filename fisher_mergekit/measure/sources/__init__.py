@@ -1,0 +1,1 @@
+"""Where a precision comes from other than passes over data, one file a source."""
