@@ -16,7 +16,7 @@ from running import command
 from tokenizers_of_words import WORDS, give_tokenizer
 
 from fisher_mergekit.cli.precompute import precompute
-from fisher_mergekit.precision import fisher
+from fisher_mergekit.precision import fisher, solve
 from fisher_mergekit.sidecar.reader import Sidecar
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yml"))
@@ -90,11 +90,12 @@ def test_a_recipe_is_measured_once_and_merged_as_written(
     lambdas = [last_lambda(entry.get("parameters", {})) for entry in recipe["models"]]
     kept = recipe.get("parameters", {}).get("exclude", [])
     measured = [Sidecar(model / "sidecar", "fisher") for model in models]
-    expected = fisher.solve(
+    expected = solve(
+        "fisher",
         [read(model)[name] for model in models],
-        [sidecar.load(name) for sidecar in measured],
+        [(sidecar.load(name),) for sidecar in measured],
         lambdas,
-        [scale(sidecar, kept) for sidecar in measured],
+        scales=[scale(sidecar, kept) for sidecar in measured],
         favor=0 if recipe.get("parameters", {}).get("favor_base") else None,
     )
     torch.testing.assert_close(merged[name], expected.to(merged[name].dtype), rtol=1e-5, atol=1e-6)

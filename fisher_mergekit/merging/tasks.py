@@ -24,7 +24,7 @@ from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import CheckpointError, SidecarError
 from fisher_mergekit.merging import files, sidecars
-from fisher_mergekit.precision import fisher, identity
+from fisher_mergekit.precision import fisher, solve
 
 
 class LoadTheta(Task[torch.Tensor]):
@@ -171,17 +171,18 @@ class MergeTask(Task[torch.Tensor]):
         """
         thetas = [inputs[f"theta_{i}"] for i in range(len(self.thetas))]
         if self.precisions:
-            merged = fisher.solve(
+            merged = solve(
+                "fisher",
                 thetas,
-                [inputs[f"precision_{i}"] for i in range(len(self.precisions))],
+                [(inputs[f"precision_{i}"],) for i in range(len(self.precisions))],
                 self.lambdas,
-                self.scales,
+                scales=self.scales,
                 normalize=self.normalize,
                 floor=self.floor,
                 favor=self.favor,
             )
         else:
-            merged = identity.solve(thetas, self.lambdas)
+            merged = solve("identity", thetas, [()] * len(thetas), self.lambdas)
         stored = functools.reduce(torch.promote_types, (theta.dtype for theta in thetas))
         result = merged.to(dtype_from_name(self.dtype) or stored)
         if not result.isfinite().all():

@@ -1,12 +1,13 @@
-"""The solution of Σᵢ Wᵢ θ = Σᵢ Wᵢ θᵢ for diagonal Wᵢ: the elementwise weighted mean.
+"""Diagonal Cᵢ: the equation falls apart into one an element, a weighted mean.
 
-Format: `thetas` are n tensors of one shape and device, any floating dtype; a weight is a number or
-a tensor of that shape. Arithmetic is in float32, or in float64 where an input is float64.
+Format: tensors of one shape and device, any floating dtype; a weight is a number or a tensor of
+that shape. Arithmetic is in float32, or in float64 where an input is float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,30 +30,59 @@ def relative(lambdas: Sequence[float]) -> list[float]:
     return [value / largest for value in lambdas]
 
 
-def weighted_mean(thetas: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
-    """Return Σ wᵢ θᵢ / Σ wᵢ, elementwise.
+def counting(lambdas: Sequence[float]) -> list[int]:
+    """Return the indices of the models that are there: a lambda of 0 removes one."""
+    return [i for i, value in enumerate(lambdas) if value != 0]
+
+
+def weighted_mean(
+    thetas: Sequence[Tensor], weights: Sequence[float], *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return Σ wᵢ θᵢ / Σ wᵢ.
 
     The mean is taken of the differences from the first theta. That is the same value, but where
     all thetas agree it is exactly theirs, and in low precision nothing large cancels.
 
     Args:
         thetas: n tensors of one shape; borrowed, never written to.
-        weights: n non-negative numbers or tensors of that shape. Where they are all zero, the
-            result is NaN: the kind that makes the weights decides what stands there.
+        weights: n numbers whose sum is not zero.
+        dtype: to compute in; None is the working dtype.
 
     Returns:
-        A new tensor in the working dtype.
+        A new tensor in that dtype.
     """
-    dtype = working_dtype(thetas)
+    dtype = dtype or working_dtype(thetas)
     reference = thetas[0].to(dtype)
-    numerator = torch.zeros_like(reference)
-    denominator: Weight = 0.0
+    result = torch.zeros_like(reference)
+    total = sum(weights)
     for theta, weight in zip(thetas, weights, strict=True):
-        difference = theta.to(dtype) - reference
-        # addcmul_ reads each operand once; a number is cheaper as alpha.
-        if isinstance(weight, Tensor):
-            numerator.addcmul_(difference, weight.to(dtype))
-        else:
-            numerator.add_(difference, alpha=weight)
-        denominator = denominator + weight
-    return numerator.div_(denominator).add_(reference)
+        if weight != 0:
+            result.add_(theta.to(dtype) - reference, alpha=weight / total)
+    return result.add_(reference)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Σᵢ Wᵢ for diagonal Wᵢ = λᵢ Cᵢ.
+
+    Attributes:
+        models: indices of the models that are in it.
+        weight: gives a model's Wᵢ in a dtype, a number or a new tensor. It is asked again rather
+            than kept, because weights are as large as models.
+    """
+
+    models: Sequence[int]
+    weight: Callable[[int, torch.dtype], Weight]
+    dtype: torch.dtype | None = None
+
+    def weigh(self, index: int, difference: Tensor) -> Tensor:
+        """Return Wᵢ x of one model."""
+        return difference.mul(self.weight(index, difference.dtype))
+
+    def solve(self, right: Tensor, name: str = "") -> Tensor:
+        """Return (Σ Wᵢ)⁻¹ x, zero where all weights are; `right` is overwritten."""
+        total: Weight = 0.0
+        for i in self.models:
+            total = total + self.weight(i, right.dtype)
+        right.div_(total)
+        return right.masked_fill_(total == 0, 0) if isinstance(total, Tensor) else right

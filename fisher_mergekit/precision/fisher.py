@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import Weight, relative, weighted_mean, working_dtype
+from fisher_mergekit.precision.diagonal import Elementwise, relative
 
 FLOOR = 1e-6
 """Default floor, relative to the root mean square of a Fisher over the merged parameters."""
@@ -37,21 +37,19 @@ def common_scale(scales: Sequence[float]) -> float:
     return math.sqrt(math.fsum(scale * scale for scale in scales) / len(scales))
 
 
-def solve(
-    thetas: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+def system(
+    precisions: Sequence[tuple[Tensor, ...]],
     lambdas: Sequence[float],
-    scales: Sequence[float],
     *,
+    scales: Sequence[float],
     normalize: bool = True,
     floor: float = FLOOR,
     favor: int | None = None,
-) -> Tensor:
-    """Return the Fisher-weighted mean of one tensor.
+) -> Elementwise:
+    """Return Σ λᵢ (Fᵢ / sᵢ + floor).
 
     Args:
-        thetas: n tensors of one shape, any floating dtype.
-        fishers: n non-negative tensors of that shape, on the same device.
+        precisions: n times one Fisher, a non-negative tensor of the theta's shape.
         lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
         scales: each model's root mean square over all merged parameters, positive.
         normalize: divide each Fisher by its own scale; otherwise all by one common scale.
@@ -59,36 +57,30 @@ def solve(
             mean, for any floor, 0 included.
         favor: index of the model that gets all of the floor, so that where nobody knows anything
             its value stays; `None` shares the floor by lambda.
-
-    Returns:
-        A new tensor, float32 (float64 if any theta is).
     """
     lambdas = relative(lambdas)
-    if floor < torch.finfo(torch.float32).tiny:
-        floor = 0.0  # it would vanish below, unnoticed
+    floor = visible(floor)
     unit = max(1.0, floor)  # only ratios count, and a huge floor would overflow
-    dtype = working_dtype(thetas)
     total = math.fsum(lambdas)
     present = [i for i, value in enumerate(lambdas) if value > 0 or (i == favor and floor > 0)]
     if not normalize:
-        shared = common_scale([scales[i] for i in present])
-        scales = [shared] * len(scales)
+        scales = [common_scale([scales[i] for i in present])] * len(scales)
 
-    def weight(i: int) -> Weight:
+    def weight(i: int, dtype: torch.dtype) -> Tensor:
+        (values,) = precisions[i]
         share = lambdas[i] if favor is None else total * (i == favor)
-        known = _times(fishers[i].to(dtype), lambdas[i] / scales[i] / unit)
+        known = times(values.to(dtype), lambdas[i] / scales[i] / unit)
         return known.add_(floor / unit * share)
 
-    merged = weighted_mean([thetas[i] for i in present], [weight(i) for i in present])
-    if floor == 0:
-        # Only without a floor can all weights be zero: 0/0 is the one NaN that inputs free of NaN
-        # can give, and there the identity stands in for the Fisher.
-        isotropic = weighted_mean([thetas[i] for i in present], [lambdas[i] for i in present])
-        merged = torch.where(merged.isnan(), isotropic, merged)
-    return merged
+    return Elementwise(present, weight)
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
+def visible(floor: float) -> float:
+    """Return the floor, or 0 for one so small that it would vanish in float32, unnoticed."""
+    return floor if floor >= torch.finfo(torch.float32).tiny else 0.0
+
+
+def times(x: Tensor, factor: float) -> Tensor:
     """Return a new tensor, `x * factor`, also where float32 cannot hold the factor itself.
 
     The inverse of a Fisher's scale of 1e-39 is infinite there, the product is not. A power of two

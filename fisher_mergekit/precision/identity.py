@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import relative, weighted_mean
+from fisher_mergekit.precision.diagonal import Elementwise, counting, relative
 
 
-def solve(thetas: Sequence[Tensor], lambdas: Sequence[float]) -> Tensor:
-    """Return the lambda-weighted mean; `lambdas` are n non-negative numbers, not all zero."""
-    return weighted_mean(thetas, relative(lambdas))
+def system(precisions: Sequence[tuple[Tensor, ...]], lambdas: Sequence[float]) -> Elementwise:
+    """Return Σ λᵢ I; the precisions are empty."""
+    lambdas = relative(lambdas)
+    return Elementwise(counting(lambdas), lambda i, _: lambdas[i])

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fisher_mergekit.precision import fisher, identity
+from fisher_mergekit.precision import fisher, solve
 from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.study.heads import WEIGHTS, is_head
 
@@ -44,10 +44,10 @@ class Bodies:
         for name in self.thetas[0]:
             thetas = [theta[name] for theta in self.thetas]
             if method == "linear":
-                merged[name] = identity.solve(thetas, lambdas)
+                merged[name] = solve("identity", thetas, [()] * len(thetas), lambdas)
             else:
-                precisions = [values[name] for values in self.fishers]
-                merged[name] = fisher.solve(thetas, precisions, lambdas, self.scales)
+                precisions = [(values[name],) for values in self.fishers]
+                merged[name] = solve("fisher", thetas, precisions, lambdas, scales=self.scales)
         return merged
 
 

@@ -24,7 +24,7 @@ from transformers import BertForSequenceClassification
 
 from fisher_mergekit.errors import MeasureError, PlanningError
 from fisher_mergekit.measure.batches import batches
-from fisher_mergekit.precision import fisher
+from fisher_mergekit.precision import solve
 
 BATCH = 4
 """So that nine examples are three batches, padded, of which the last is smaller."""
@@ -399,7 +399,7 @@ class TestMerging:
         fishers = list(1e-18 * torch.randn(2, 1000, generator=generator).exp().square())
         scales = [rms(f) for f in fishers]
         expected = merge_oracle.merge_tensor(thetas, fishers, [1, 1], scales)
-        found = fisher.solve(thetas, fishers, [1, 1], scales)
+        found = solve("fisher", thetas, [(f,) for f in fishers], [1, 1], scales=scales)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
         floored = [f.clamp_min(1e-6) for f in fishers]

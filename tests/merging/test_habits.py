@@ -12,7 +12,7 @@ from models import make_measured, read, rewrite, write_fishers
 from running import assert_close, merged, recipe_of
 
 from fisher_mergekit.errors import CheckpointError, PlanningError
-from fisher_mergekit.precision import fisher
+from fisher_mergekit.precision import fisher, solve
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_models_stored_in_float64_are_merged_in_float64():
     generator = torch.Generator().manual_seed(0)
     thetas = [torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2)]
     fishers = [torch.rand(50, generator=generator) for _ in range(2)]
-    found = fisher.solve(thetas, fishers, [0.3, 0.7], [0.1, 0.9])
+    found = solve("fisher", thetas, [(f,) for f in fishers], [0.3, 0.7], scales=[0.1, 0.9])
     expected = merge_oracle.merge_tensor(
         thetas, [f.double() for f in fishers], [0.3, 0.7], [0.1, 0.9], floor=fisher.FLOOR
     )

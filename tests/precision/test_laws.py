@@ -1,219 +1,252 @@
-"""Laws of the diagonal precisions, for any numbers that a merge can meet."""
+"""One suite of laws for every kind of precision: it is one equation."""
 
-import math
+from dataclasses import dataclass, field
+from typing import Any
 
-import merge_oracle
+import dense_oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisher_mergekit.precision import fisher, identity
-from fisher_mergekit.precision.diagonal import relative, weighted_mean
+from fisher_mergekit.precision import solve
 
-SIZE = 5
-COUNT = st.shared(st.integers(1, 4), key="models")
-
-# Weights, or exact zeros; not what lies at the edge of float32, where products lose their digits.
-finite = st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) >= 2**-40 else 0.0)
-scales = st.floats(1e-18, 1e3)
-# Fishers as they come: many orders of magnitude, and exact zeros.
-fisher_values = st.one_of(st.just(0.0), st.floats(2**-60, 2**20, width=32))
+OUT, WIDTH = 4, 5
 
 
-def lists(values, count=SIZE):
-    return st.lists(values, min_size=count, max_size=count)
+few = settings(max_examples=25)
+"""Six laws of six forms; each draw is a problem of its own."""
 
 
-def per_model(values):
-    return COUNT.flatmap(lambda n: lists(values, n))
-
-
-@st.composite
-def problems(draw):
-    """Draw thetas, Fishers, positive lambdas and scales of one to four models."""
-    thetas = [torch.tensor(x) for x in draw(per_model(lists(finite)))]
-    fishers = [torch.tensor(x) for x in draw(per_model(lists(fisher_values)))]
-    lambdas = draw(per_model(st.floats(1e-3, 1e3)))
-    sizes = draw(per_model(scales))
-    return thetas, fishers, lambdas, sizes
-
-
-def close(found, expected, thetas):
-    """Compare relative to the largest input: differences of thetas cancel no better than that."""
-    largest = max(float(theta.abs().max()) for theta in thetas)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5 * largest)
-
-
-@given(problems(), st.floats(1e-9, 1e-1))
-def test_definition(problem, floor):
-    thetas, fishers, lambdas, sizes = problem
-    expected = merge_oracle.merge_tensor(thetas, fishers, lambdas, sizes, floor=floor)
-    close(fisher.solve(*problem, floor=floor), expected, thetas)
-
-
-@given(problems(), st.floats(1e-9, 1e-1), st.data())
-def test_definition_with_a_favored_model(problem, floor, data):
-    thetas, fishers, lambdas, sizes = problem
-    favor = data.draw(st.integers(0, len(thetas) - 1))
-    expected = merge_oracle.merge_tensor(thetas, fishers, lambdas, sizes, floor=floor, favor=favor)
-    close(fisher.solve(*problem, floor=floor, favor=favor), expected, thetas)
-
-
-@given(problems(), st.floats(0, 1))
-def test_result_lies_between_the_inputs(problem, floor):
-    thetas = torch.stack(problem[0])
-    slack = 1e-5 * float(thetas.abs().max())
-    merged = fisher.solve(*problem, floor=floor)
-    assert bool((merged >= thetas.amin(0) - slack).all())
-    assert bool((merged <= thetas.amax(0) + slack).all())
-
-
-@given(problems(), st.floats(0, 1))
-def test_equal_thetas_come_back_unchanged(problem, floor):
-    thetas, *rest = problem
-    same = [thetas[0]] * len(thetas)
-    assert torch.equal(fisher.solve(same, *rest, floor=floor), thetas[0])
-    assert torch.equal(identity.solve(same, rest[1]), thetas[0])
-
-
-@given(problems(), st.floats(0, 1))
-def test_equal_precisions_give_the_isotropic_merge(problem, floor):
-    thetas, fishers, lambdas, sizes = problem
-    n = len(thetas)
-    merged = fisher.solve(thetas, [fishers[0]] * n, lambdas, [sizes[0]] * n, floor=floor)
-    close(merged, identity.solve(thetas, lambdas), thetas)
-
-
-@given(problems(), st.sampled_from([0.0, 1e-6, 1e-2]), st.floats(1e-200, 1e200))
-def test_scaling_all_lambdas_changes_nothing(problem, floor, factor):
-    thetas, fishers, lambdas, sizes = problem
-    scaled = [value * factor for value in lambdas]
-    once = fisher.solve(thetas, fishers, lambdas, sizes, floor=floor)
-    close(fisher.solve(thetas, fishers, scaled, sizes, floor=floor), once, thetas)
-    close(identity.solve(thetas, scaled), identity.solve(thetas, lambdas), thetas)
-
-
-@given(problems(), st.floats(1e-6, 1e6))
-def test_scaling_a_fisher_with_its_scale_changes_nothing(problem, factor):
-    thetas, fishers, lambdas, sizes = problem
-    scaled = [fishers[0].mul(factor), *fishers[1:]]
-    once = fisher.solve(*problem)
-    close(
-        fisher.solve(thetas, scaled, lambdas, [sizes[0] * factor, *sizes[1:]]),
-        once,
-        thetas,
+def isotropic(thetas, lambdas):
+    return sum(lam * theta.double() for lam, theta in zip(lambdas, thetas, strict=True)) / sum(
+        lambdas
     )
 
 
-LARGE = st.floats(1.0, 2.0, width=32)
+@dataclass
+class Problem:
+    """Models to merge by one kind; options that are lists have one entry a model."""
+
+    kind: str
+    thetas: list
+    precisions: list
+    lambdas: list
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def solved(self, **changes):
+        given = {**vars(self), **changes}
+        return solve(
+            given["kind"], given["thetas"], given["precisions"], given["lambdas"],
+            **given["options"],
+        )  # fmt: skip
+
+    def reordered(self, order):
+        """Return the problem with some of its models, in another order."""
+
+        def pick(values):
+            return [values[i] for i in order]
+
+        options = {k: pick(v) if isinstance(v, list) else v for k, v in self.options.items()}
+        return Problem(
+            self.kind, pick(self.thetas), pick(self.precisions), pick(self.lambdas), options
+        )
+
+    def dense(self):
+        """Return the weighted Cᵢ, written down."""
+        own = []
+        for i in range(len(self.thetas)):
+            mine = {k: v for k, v in self.options.items() if k in ("floor", "offdiagonal")}
+            if "scales" in self.options:
+                mine["scale"] = self.options["scales"][i]
+            own.append(mine)
+        return [
+            getattr(dense_oracle, self.kind)(theta.shape, precision, lam, **mine)
+            for theta, precision, lam, mine in zip(
+                self.thetas, self.precisions, self.lambdas, own, strict=True
+            )
+        ]
 
 
-@given(
-    per_model(lists(finite)),
-    per_model(lists(st.one_of(st.just(0.0), LARGE))),
-    st.integers(-120, 125),
-    st.sampled_from([0.0, 1e-6]),
-    st.booleans(),
+def factor(generator, width, form):
+    """Return the Gram of some random rows, of inputs of different size; or a diagonal."""
+    size = 10.0 ** torch.randint(-2, 3, (width,), generator=generator)
+    if form == "diagonal":
+        return (torch.rand(width, generator=generator) + 0.1) * size
+    rows = torch.randn(3 * width, width, generator=generator) * size
+    return rows.mT @ rows
+
+
+def problem_of(kind, form, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    thetas = list(torch.randn(count, OUT, WIDTH, generator=generator))
+    lambdas = (10 ** (2 * torch.rand(count, generator=generator) - 1)).tolist()
+    scales = (10 ** (4 * torch.rand(count, generator=generator) - 2)).tolist()
+    options = {}
+    if kind == "identity":
+        precisions = [()] * count
+    elif kind == "fisher":
+        shape = (count, OUT, WIDTH)
+        precisions = [(x.exp(),) for x in 3 * torch.randn(shape, generator=generator)]
+        options = {"scales": scales, "floor": 1e-3}
+    elif kind == "gram":
+        precisions = [(factor(generator, WIDTH, form),) for _ in range(count)]
+    else:
+        precisions = [
+            (factor(generator, WIDTH, form), factor(generator, OUT, "matrix")) for _ in range(count)
+        ]
+        options = {"scales": scales, "tolerance": 1e-12}
+    return Problem(kind, thetas, precisions, lambdas, options)
+
+
+def problems(kind, form):
+    build = lambda count, seed: problem_of(kind, form, count, seed)  # noqa: E731
+    return st.builds(build, st.integers(1, 4), st.integers(0, 2**32))
+
+
+every_kind = pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("identity", None),
+        ("fisher", None),
+        ("gram", "matrix"),
+        ("gram", "diagonal"),
+        ("kfac", "matrix"),
+        ("kfac", "diagonal"),
+    ],
 )
-def test_a_fisher_may_be_as_small_or_large_as_float32_holds(
-    thetas, fishers, power, floor, normalize
-):
-    """Bit by bit: powers of two are exact. Large language models have Fishers of 1e-18."""
-    thetas = [torch.tensor(theta) for theta in thetas]
-    fishers = [torch.tensor(values) for values in fishers]
-    ones = [1.0] * len(thetas)
-    options = {"floor": floor, "normalize": normalize}
-    factor = 2.0**power
-    expected = fisher.solve(thetas, fishers, ones, ones, **options)
-    found = fisher.solve(
-        thetas, [f * factor for f in fishers], ones, [factor] * len(ones), **options
-    )
-    assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("power", range(-149, -120))
-def test_a_fisher_at_the_edge_of_float32_weighs_as_any_other(power):
-    """Subnormal numbers, of which only powers of two are exact."""
-    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])]
-    fishers = [torch.tensor([2.0**power, 0.0]), torch.tensor([2.0**power, 2.0**power])]
-    merged = fisher.solve(thetas, fishers, [1.0, 1.0], [2.0**power] * 2, floor=0)
-    assert merged.tolist() == [2.0, 5.0]
+def close(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-@given(problems(), st.sampled_from([0.0, 1e-6]), st.randoms())
-def test_order_changes_nothing(problem, floor, random):
-    thetas, *_ = problem
-    order = list(range(len(thetas)))
+@every_kind
+@few
+@given(data=st.data())
+def test_it_solves_the_equation_as_written_down(kind, form, data):
+    problem = data.draw(problems(kind, form))
+    close(problem.solved(), dense_oracle.solution(problem.dense(), problem.thetas))
+
+
+@every_kind
+@few
+@given(data=st.data())
+def test_equal_inputs_come_back(kind, form, data):
+    problem = data.draw(problems(kind, form))
+    same = [problem.thetas[0]] * len(problem.thetas)
+    assert torch.equal(problem.solved(thetas=same).float(), same[0])
+
+
+@every_kind
+@few
+@given(data=st.data())
+def test_equal_precisions_give_the_lambda_weighted_mean(kind, form, data):
+    problem = data.draw(problems(kind, form))
+    options = dict(problem.options)
+    if "scales" in options:
+        options["scales"] = [options["scales"][0]] * len(problem.thetas)
+    equal = problem.precisions[:1] * len(problem.thetas)
+    found = problem.solved(precisions=equal, options=options)
+    close(found, isotropic(problem.thetas, problem.lambdas))
+
+
+@every_kind
+@few
+@given(data=st.data(), factor=st.floats(1e-200, 1e200))
+def test_scaling_all_lambdas_changes_nothing(kind, form, data, factor):
+    problem = data.draw(problems(kind, form))
+    close(problem.solved(lambdas=[x * factor for x in problem.lambdas]), problem.solved())
+
+
+@every_kind
+@few
+@given(data=st.data(), random=st.randoms())
+def test_order_changes_nothing(kind, form, data, random):
+    problem = data.draw(problems(kind, form))
+    order = list(range(len(problem.thetas)))
     random.shuffle(order)
-    shuffled = [[values[i] for i in order] for values in problem]
-    close(fisher.solve(*shuffled, floor=floor), fisher.solve(*problem, floor=floor), thetas)
+    close(problem.reordered(order).solved(), problem.solved())
 
 
-@given(problems(), st.sampled_from([0.0, 1e-6]), st.booleans())
-def test_lambda_zero_removes_a_model(problem, floor, normalize):
-    thetas, fishers, lambdas, sizes = problem
-    options = {"floor": floor, "normalize": normalize}
-    nan = torch.full((SIZE,), math.nan)
-    merged = fisher.solve(
-        [*thetas, nan], [*fishers, nan], [*lambdas, 0.0], [*sizes, math.nan], **options
+@every_kind
+@few
+@given(data=st.data())
+def test_lambda_zero_removes_a_model(kind, form, data):
+    """Whatever stands in its tensors."""
+    problem = data.draw(problems(kind, form))
+    more = problem.reordered([*range(len(problem.thetas)), 0])
+    more.thetas[-1] = torch.full((OUT, WIDTH), torch.nan)
+    more.precisions[-1] = tuple(x * torch.nan for x in more.precisions[-1])
+    more.lambdas[-1] = 0.0
+    assert torch.equal(more.solved(), problem.solved())
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@few
+@given(data=st.data())
+def test_inputs_are_not_written_to(kind, form, dtype, data):
+    problem = data.draw(problems(kind, form))
+    problem.thetas = [theta.to(dtype) for theta in problem.thetas]
+    problem.precisions = [tuple(x.to(dtype) for x in p) for p in problem.precisions]
+    held = [*problem.thetas, *(x for precision in problem.precisions for x in precision)]
+    before = [x.clone() for x in held]
+    problem.solved()
+    assert all(map(torch.equal, held, before))
+
+
+@every_kind
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30, 1e37])
+@pytest.mark.parametrize("which", [[0], [0, 1]])
+def test_precisions_of_any_size_give_numbers(kind, form, size, which):
+    """Of one model, or of all; and where nobody is sure of anything, the mean."""
+    problem = problem_of(kind, form, 2, seed=1)
+    for i in which:
+        scaled = tuple(x / x.abs().max() * size for x in problem.precisions[i])
+        problem.precisions[i] = scaled
+    found = problem.solved()
+    assert found.isfinite().all()
+    assert found.abs().max() < 1e4
+    if size == 0 and len(which) == 2:
+        close(found, isotropic(problem.thetas, problem.lambdas))
+    if size == 0 and which == [0] and kind in ("gram", "kfac"):
+        close(found, problem.thetas[1])  # only the other model knows anything
+
+
+@pytest.mark.parametrize("kind", ["gram", "kfac"])
+@pytest.mark.parametrize("form", ["matrix", "diagonal"])
+def test_several_matrices_in_one_tensor_are_merged_one_by_one(kind, form):
+    """Packed experts; one of which no token was routed to."""
+    parts = [problem_of(kind, form, 2, seed) for seed in range(3)]
+    parts[1].precisions = [tuple(x * 0 for x in p) for p in parts[1].precisions]
+    for part in parts[1:]:
+        part.lambdas, part.options = parts[0].lambdas, parts[0].options
+
+    def column(x):
+        return x.unsqueeze(-1) if x.ndim == 1 else x
+
+    together = Problem(
+        kind,
+        [torch.stack([part.thetas[i] for part in parts]) for i in (0, 1)],
+        [
+            tuple(
+                torch.stack([column(part.precisions[i][k]) for part in parts])
+                for k in range(len(parts[0].precisions[0]))
+            )
+            for i in (0, 1)
+        ],
+        parts[0].lambdas,
+        parts[0].options,
     )
-    assert torch.equal(merged, fisher.solve(*problem, **options))
+    close(together.solved(), torch.stack([part.solved() for part in parts]), 1e-7)
 
 
-@given(problems(), st.sampled_from([0.0, 1e-6, 1.0]))
-def test_where_nobody_knows_anything_the_lambdas_decide(problem, floor):
-    thetas, fishers, lambdas, sizes = problem
-    zeros = [torch.zeros_like(f) for f in fishers]
-    close(
-        fisher.solve(thetas, zeros, lambdas, sizes, floor=floor),
-        identity.solve(thetas, lambdas),
-        thetas,
-    )
-
-
-@given(problems())
-def test_one_common_scale_is_as_good_as_another(problem):
-    """Without normalisation only the floor sees the scale."""
-    thetas, fishers, lambdas, sizes = problem
-    unscaled = [1.0] * len(thetas)
-    expected = merge_oracle.merge_tensor(
-        thetas, [f + 2**-60 for f in fishers], lambdas, unscaled, floor=0
-    )
-    plain = fisher.solve(
-        thetas, [f + 2**-60 for f in fishers], lambdas, sizes, normalize=False, floor=0
-    )
-    close(plain, expected, thetas)
-
-
-@settings(max_examples=30)
-@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]))
-def test_low_precision_inputs_are_merged_in_float32(problem, dtype):
-    thetas, *rest = problem
-    low = [theta.clamp(-6e4, 6e4).to(dtype) for theta in thetas]
-    merged = fisher.solve(low, *rest)
-    assert merged.dtype == torch.float32
-    assert torch.equal(merged, fisher.solve([theta.float() for theta in low], *rest))
-
-
-def test_inputs_are_not_written_to():
-    thetas = [torch.ones(3), torch.zeros(3)]
-    fishers = [torch.full((3,), 2.0), torch.ones(3)]
-    before = [t.clone() for t in (*thetas, *fishers)]
-    fisher.solve(thetas, fishers, [1, 2], [1, 1])
-    assert all(map(torch.equal, before, (*thetas, *fishers)))
-
-
-def test_float64_stays_float64():
-    thetas = [torch.ones(1, dtype=torch.float64), torch.zeros(1)]
-    merged = fisher.solve(thetas, [torch.ones(1)] * 2, [1, 1], [1, 1])
-    assert merged.dtype == torch.float64
-
-
-@pytest.mark.parametrize("lambdas", [[1e300, 1e300], [1e-300, 1e-300], [1, 1]])
-def test_relative(lambdas):
-    assert relative(lambdas) == [1, 1]
-
-
-def test_weighted_mean_says_nan_where_nothing_counts():
-    assert weighted_mean([torch.ones(1)], [torch.zeros(1)]).isnan().all()
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_thetas_are_merged_in_at_least_float32(kind, form, dtype):
+    problem = problem_of(kind, form, 3, seed=2)
+    low = [theta.to(dtype) for theta in problem.thetas]
+    found = problem.solved(thetas=low)
+    assert found.dtype in (torch.float32, torch.float64)
+    assert torch.equal(found, problem.solved(thetas=[theta.float() for theta in low]))

@@ -1,0 +1,152 @@
+r"""Kind `kfac`: Cᵢ = Bᵢ ⊗ Aᵢ, the Kronecker-factored Fisher of a linear layer.
+
+A is the mean of x xᵀ over the layer's inputs x, B the mean of g gᵀ over the gradients g of
+log p(y|x) with respect to its outputs; their product approximates the layer's Fisher information
+(K-FAC: Martens & Grosse 2015, arXiv 1503.05671). The merge solves
+
+    Σᵢ λᵢ Bᵢ Δ Aᵢ = Σᵢ λᵢ Bᵢ (Wᵢ − W̄) Aᵢ,   W* = W̄ + Δ
+
+by conjugate gradients (MaTS: Tam et al. 2023, arXiv 2312.04339). With Bᵢ the identity it is the
+kind `gram`.
+
+A sum of Kronecker products is none, and so has no cheap inverse. But two symmetric matrices are
+diagonal in one basis (that of their pencil), and then so is the sum of two products. Hence two
+models are solved in one step; for more, the diagonal of the sum in such a basis is the
+preconditioner. The inputs' basis serves all layers that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_mergekit.precision import gram
+from fisher_mergekit.precision.diagonal import counting, relative
+from fisher_mergekit.precision.iterative import conjugate_gradients
+from fisher_mergekit.precision.kronecker import (
+    Basis,
+    as_factor,
+    common_basis,
+    divided,
+    size,
+    times,
+)
+
+TOLERANCE = 1e-6
+"""Default relative residual to stop at: what the measured factors' own rounding amounts to."""
+ITERATIONS = 1000
+"""Default limit of the iterations of one tensor."""
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """Σᵢ tᵢ Bᵢ ⊗ Aᵢ.
+
+    Attributes:
+        models: indices of the models that are in it.
+        inputs: each model's A, by its index.
+        outputs: each model's B, by its index.
+        shares: each model's t, by its index, `[…, 1, 1]`.
+        bases: the outputs' and the inputs', in which the sum is nearly diagonal.
+        inverse: of its diagonal there, `[…, o, i]`; 0 where nobody saw more than rounding.
+    """
+
+    models: Sequence[int]
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    shares: Mapping[int, Tensor]
+    bases: tuple[Basis, Basis]
+    inverse: Tensor
+    tolerance: float
+    iterations: int
+    dtype: torch.dtype = torch.float64
+
+    def weigh(self, index: int, difference: Tensor) -> Tensor:
+        """Return tᵢ Bᵢ x Aᵢ of one model, x `[…, o, i]`."""
+        half = times(self.inputs[index], difference.mT).mT
+        return times(self.outputs[index], half).mul_(self.shares[index])
+
+    def solve(self, right: Tensor, name: str = "") -> Tensor:
+        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance."""
+        outputs, inputs = self.bases
+
+        def apply(x: Tensor) -> Tensor:
+            return sum((self.weigh(i, x) for i in self.models), torch.zeros_like(x))
+
+        def precondition(x: Tensor) -> Tensor:
+            there = outputs.into(inputs.into(x.mT).mT) * self.inverse
+            return outputs.out_of(inputs.out_of(there.mT).mT)
+
+        return conjugate_gradients(
+            apply,
+            precondition,
+            right,
+            tolerance=self.tolerance,
+            iterations=self.iterations,
+            name=name,
+        )
+
+
+def common(inputs: Sequence[Tensor], lambdas: Sequence[float], **_: Any) -> Basis:
+    """Return a basis for the inputs: one for all layers that share them."""
+    return common_basis([as_factor(inputs[i]) for i in counting(lambdas)])
+
+
+def system(
+    precisions: Sequence[tuple[Tensor, ...]],
+    lambdas: Sequence[float],
+    *,
+    scales: Sequence[float] | None = None,
+    tolerance: float = TOLERANCE,
+    iterations: int = ITERATIONS,
+    shared: Basis | None = None,
+) -> TwoSided | gram.OneSided:
+    """Return Σ λᵢ/sᵢ Bᵢ ⊗ Aᵢ.
+
+    Args:
+        precisions: n pairs (A of the inputs, B of the outputs), factors as `kronecker.py` has them;
+            where all are (A,) alone, B is the identity.
+        lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
+        scales: what each model's precision is divided by, positive; None divides by nothing.
+        tolerance: relative residual to stop at.
+        iterations: at most so many.
+        shared: what `common` gives for these inputs, if it is there already.
+    """
+    lambdas = relative(lambdas)
+    models = counting(lambdas)
+    if scales is not None:
+        smallest = min(scales[i] for i in models)
+        lambdas = [lam and lam * (smallest / s) for lam, s in zip(lambdas, scales, strict=True)]
+    if all(len(precisions[i]) == 1 for i in models):
+        return gram.system(precisions, lambdas, offdiagonal=1.0)
+    inputs = [as_factor(a) for a, _ in precisions]
+    outputs = [as_factor(b) for _, b in precisions]
+    bases = (common_basis([outputs[i] for i in models]), shared or common(inputs, lambdas))
+
+    # Factors are taken relative to their sizes, and those are in the shares, of which the sum is
+    # one: numbers of any size are tame.
+    sizes = {i: size(inputs[i]) * size(outputs[i]) for i in models}
+    parts = {i: sizes[i] * lambdas[i] for i in models}
+    total = sum(parts.values(), torch.zeros_like(parts[models[0]]))
+    parts = {i: divided(part, total) for i, part in parts.items()}
+    on_diagonal = rounding = torch.zeros((), dtype=torch.float64)
+    for k, part in enumerate(parts.values()):
+        b, a = (basis.diagonals[k] for basis in bases)
+        unsure_b, unsure_a = (basis.noise[k] for basis in bases)
+        on_diagonal = on_diagonal + part * b * a.mT
+        rounding = rounding + part * (b.abs() * unsure_a.mT + unsure_b * (a.abs() + unsure_a).mT)
+    seen = on_diagonal > rounding
+    return TwoSided(
+        models,
+        inputs,
+        outputs,
+        {i: divided(part, sizes[i]) for i, part in parts.items()},
+        bases,
+        torch.where(seen, on_diagonal, 1.0).reciprocal() * seen,
+        tolerance,
+        iterations,
+    )

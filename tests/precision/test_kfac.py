@@ -1,0 +1,162 @@
+"""Kronecker factors on both sides: the iteration, its limits, and factors of any rank."""
+
+import logging
+
+import dense_oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fisher_mergekit.precision import equation, kfac, solve
+
+OUT, WIDTH = 6, 8
+
+
+def factor(generator, width, rows, spread=2):
+    """Return the float32 mean of x xᵀ over some rows, of numbers of different size."""
+    x = torch.randn(rows, width, generator=generator)
+    x *= 10.0 ** torch.randint(-spread, spread + 1, (width,), generator=generator)
+    return x.mT @ x / rows
+
+
+def problem(count, seed=0, rows=40, out=OUT, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    thetas = list(torch.randn(count, out, width, generator=generator).double())
+    precisions = [
+        (factor(generator, width, rows), factor(generator, out, rows)) for _ in range(count)
+    ]
+    lambdas = (0.1 + torch.rand(count, generator=generator)).tolist()
+    return thetas, precisions, lambdas
+
+
+def lines(caplog, level):
+    return [r.getMessage() for r in caplog.records if r.levelno == level]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_it_converges_to_the_dense_solution(count):
+    thetas, precisions, lambdas = problem(count)
+    matrices = [
+        dense_oracle.kfac(theta.shape, precision, lam)
+        for theta, precision, lam in zip(thetas, precisions, lambdas, strict=True)
+    ]
+    expected = dense_oracle.solution(matrices, thetas)
+    found = solve("kfac", thetas, precisions, lambdas, tolerance=1e-12)
+    size = sum(matrices).diag().sqrt().view(expected.shape)
+    assert ((found - expected) * size).norm() <= 1e-6 * (expected * size).norm()
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 4),
+    st.integers(0, 2**32),
+    st.sampled_from(["matrix", "diagonal", "absent"]),
+    st.integers(1, 20),
+)
+def test_where_the_outputs_factor_is_the_identity_it_is_gram(count, seed, form, rows):
+    """For inputs of any rank, too."""
+    thetas, precisions, lambdas = problem(count, seed, rows)
+    grams = [(a,) for a, _ in precisions]
+    expected = solve("gram", thetas, grams, lambdas, offdiagonal=1.0)
+    eye = {"matrix": (torch.eye(OUT),), "diagonal": (torch.ones(OUT),), "absent": ()}[form]
+    found = solve("kfac", thetas, [(*g, *eye) for g in grams], lambdas, tolerance=1e-12)
+    seen = sum(a.double() * lam for (a,), lam in zip(grams, lambdas, strict=True))
+
+    def norm(x):  # of what comes out for the inputs: directions that nobody saw are free
+        return float((x @ seen * x).sum().clamp_min(0).sqrt())
+
+    assert norm(found - expected) <= 1e-3 * max(map(norm, thetas))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_and_two_models_need_one_step(count, caplog):
+    caplog.set_level(logging.INFO)
+    thetas, precisions, lambdas = problem(count)
+    system = kfac.system(precisions, lambdas)
+    equation.solve(system, thetas, lambdas, name="layer.weight")
+    (line,) = lines(caplog, logging.INFO)
+    steps = 0 if count == 1 else 1  # one model is the mean, from which nothing differs
+    assert line.startswith(f"layer.weight: solved in {steps} iterations to a residual of ")
+
+
+def test_too_few_iterations_are_told_with_the_tensors_name(caplog):
+    thetas, precisions, lambdas = problem(4)
+    system = kfac.system(precisions, lambdas, tolerance=1e-10, iterations=2)
+    equation.solve(system, thetas, lambdas, name="layer.weight")
+    (line,) = lines(caplog, logging.WARNING)
+    assert line.startswith("layer.weight: the solution has a residual of ")
+    assert "after 2 iterations, not the tolerance of 1.0e-10. Allow more `iterations`" in line
+
+
+def test_more_iterations_come_nearer():
+    thetas, precisions, lambdas = problem(4)
+    exact = solve("kfac", thetas, precisions, lambdas, tolerance=1e-13)
+    gaps = []
+    for iterations in (1, 5, 25):
+        found = solve("kfac", thetas, precisions, lambdas, tolerance=0, iterations=iterations)
+        gap = found - exact
+        gaps.append(
+            sum(
+                lam * float((gap * (b.double() @ gap @ a.double())).sum())
+                for (a, b), lam in zip(precisions, lambdas, strict=True)
+            )
+        )
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("rows", "dtype"), [(4, torch.float32), (100, torch.bfloat16)])
+def test_rounded_factors_of_few_rows_give_no_garbage(count, rows, dtype):
+    """Far fewer rows than dimensions: what rounding makes up must not be taken for knowledge."""
+    thetas, precisions, lambdas = problem(count, rows=rows, out=48, width=64)
+    precisions = [(a.to(dtype), b.to(dtype)) for a, b in precisions]
+    found = solve("kfac", thetas, precisions, lambdas, iterations=200)
+    mean = equation.weighted_mean(thetas, lambdas)
+    sizes = [
+        sum(f[k].double().diag() / f[k].double().diag().mean() for f in precisions).sqrt()
+        for k in (0, 1)
+    ]
+    size = sizes[1][:, None] * sizes[0]
+    assert (found * size).norm() < 10 * max((theta * size).norm() for theta in thetas)
+
+    def loss(merged):
+        """How far all models are from what they did, as their factors measure it."""
+        return sum(
+            lam * float(((merged - t) * (b.double() @ (merged - t) @ a.double())).sum())
+            for t, (a, b), lam in zip(thetas, precisions, lambdas, strict=True)
+        )
+
+    assert loss(found) < 0.2 * loss(mean)
+
+
+def test_directions_that_nobody_saw_keep_the_mean():
+    """Also those that only exist in pairs: inputs of one model with the outputs of another."""
+    thetas = list(torch.randn(2, 4, 4, generator=torch.manual_seed(0)).double())
+    first, second = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 0])
+    precisions = [(torch.diag(first), torch.diag(first)), (torch.diag(second), second)]
+    found = solve("kfac", thetas, precisions, [1.0, 1.0])
+    expected = (thetas[0] + thetas[1]) / 2
+    expected[:2, :2] = thetas[0][:2, :2]
+    expected[2, 2] = thetas[1][2, 2]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_basis_of_shared_inputs_serves_every_layer():
+    thetas, precisions, lambdas = problem(3)
+    shared = kfac.common([a for a, _ in precisions], lambdas)
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        own = [(a, factor(generator, OUT, 20)) for a, _ in precisions]
+        system = kfac.system(own, lambdas, shared=shared, tolerance=1e-12)
+        found = equation.solve(system, thetas, lambdas)
+        alone = solve("kfac", thetas, own, lambdas, tolerance=1e-12)
+        torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-7)
+
+
+def test_factors_that_are_no_covariances_give_numbers():
+    """Damage that symmetry and a diagonal do not show."""
+    odd = torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    thetas = list(torch.randn(3, 3, 3, generator=torch.manual_seed(0)))
+    found = solve("kfac", thetas, [(odd, torch.eye(3)), (odd, odd), (torch.eye(3), odd)], [1, 2, 3])
+    assert found.isfinite().all()
