@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.estimators import estimator_for
+from fisher_mergekit.measure.factors import Factors
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.causal_lm import next_tokens
 from fisher_mergekit.measure.limits import BatchSize
@@ -120,9 +121,20 @@ def ragged_texts(count: int = 7, *, prompt: bool = False, seed: int = 3) -> list
 
 
 def session_for(
-    model: nn.Module, estimator: str = "exact", *, seed: int = 0, unit: str = "sequence"
+    model: nn.Module,
+    estimator: str = "exact",
+    *,
+    seed: int = 0,
+    unit: str = "sequence",
+    squares: bool = True,
+    factors: bool | None = None,
 ) -> Session:
-    """Return a session; a model that is not from transformers is measured as a classifier."""
+    """Return a session; a model that is not from transformers is measured as a classifier.
+
+    Args:
+        squares: measure the diagonal Fisher.
+        factors: measure input factors, and output factors too if true.
+    """
     known = isinstance(model, transformers.PreTrainedModel)
     head = (type(model).__name__, model.config) if known else ("ForSequenceClassification",)
     return Session(
@@ -133,6 +145,10 @@ def session_for(
         pad_token_id=PAD,
         device=torch.device("cpu"),
         unit=unit_for(unit),
+        parameters=None if squares else (),
+        factors=None
+        if factors is None
+        else Factors({p: name for name, p in model.named_parameters()}, outputs=factors),
     )
 
 

@@ -108,6 +108,17 @@ class Batch:
             dtype=dtype,
         )
 
+    def token_masks(self) -> dict[str, Tensor]:
+        """Return which tokens are no padding, `[b t]`, for every input of tokens."""
+        masks = {}
+        for name in _TOKENS:
+            if name == "input_ids" and name in self.inputs:
+                masks[name] = self.inputs["attention_mask"].reshape(-1) != 0
+            elif name in self.inputs:
+                ones = [torch.ones_like(example.inputs[name]) for example in self.examples]
+                masks[name] = _joined(ones, 0).reshape(-1).to(self.device) != 0
+        return masks
+
     def single(self, index: int) -> Batch:
         """Return one example alone, without its padding."""
         return collate([self.examples[index]], self.pad_token_id).to(self.device, self.dtype)

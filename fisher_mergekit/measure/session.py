@@ -1,14 +1,17 @@
 """THE loop: a model and batches in, the mean squared per-example gradient of each parameter out.
 
     for each batch
-        forward, with every layer tapped
+        forward, with every layer tapped: linear layers add their inputs' moments
         for each start of the estimator
-            backward: each layer adds its examples' squares
+            backward: each layer adds its examples' squares, and its output gradients' moments
     divide by the number of examples
 
 Before the first batch the rules are *verified*. A parameter whose rule disagrees with plain
 autograd, fails, or was not reached by the examples of the verification is not measured wrongly but
 slowly, by that same plain autograd.
+
+What is not asked for is not done: without squares only linear layers are tapped (`listening.py`),
+and without output factors nothing goes backward.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from torch import Tensor, nn
 
 from fisher_mergekit.errors import FisherMergekitError, MeasureError
 from fisher_mergekit.measure.batches import Batch, Example, batches
+from fisher_mergekit.measure.factors import Factors, Unaligned
 from fisher_mergekit.measure.limits import BatchSize, Limit
+from fisher_mergekit.measure.listening import Listening
 from fisher_mergekit.measure.passes import Passes
 from fisher_mergekit.measure.plain import add_single_squares, requiring_grad
 from fisher_mergekit.measure.taps import Taps
@@ -45,10 +50,12 @@ class Session(Passes):
     values are switched off.
 
     Args:
-        parameters: those to measure; all of the model's if None.
+        parameters: those whose Fisher is measured; all of the model's if None.
+        factors: what else is measured of linear layers, if anything.
     """
 
     parameters: Sequence[nn.Parameter] | None = None
+    factors: Factors | None = None
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -58,6 +65,8 @@ class Session(Passes):
                 config.use_cache = False  # keys and values for later tokens, of which are none
         self._taps = Taps(self.model, self.parameters)
         self._verification = Verification(self, self._taps)
+        self._listening = None if self.factors is None else Listening(self, self.factors)
+        self._have_own_passes = False
 
     @property
     def loose(self) -> tuple[str, ...]:
@@ -90,7 +99,7 @@ class Session(Passes):
             MeasureError: a gradient is not finite, or all of them are zero; or the device has not
                 memory enough.
         """
-        self._taps.clear()
+        self._clear()
         try:
             self.verify(examples)
         except torch.OutOfMemoryError:
@@ -109,7 +118,7 @@ class Session(Passes):
             LOG.info("Memory runs out with %s tokens a batch: %s.", limit.tokens, smaller.tokens)
             limit = smaller
         totals = self._taps.totals
-        if not any(total.any() for total in totals.values()):
+        if totals and not any(total.any() for total in totals.values()):
             raise MeasureError(
                 "the Fisher is zero everywhere: nothing in the calibration data is scored "
                 "(one-token texts, or all of them prompt), or the model is sure of all of it."
@@ -118,14 +127,21 @@ class Session(Passes):
         for total in totals.values():
             total.div_(count)
         self._taps.check_finite()
+        if self.factors is not None:
+            self.factors.finish()
         return totals
+
+    def _clear(self) -> None:
+        self._taps.clear()
+        if self.factors is not None:
+            self.factors.clear()
 
     def _add_all(
         self, examples: Sequence[Example], limit: Limit, advance: Callable[[int], Any]
     ) -> Batch | None:
-        """Add the squares of all examples; return a batch that is too large, nothing added then.
+        """Add all examples; return a batch that is too large, nothing added then.
 
-        The batches before it are given up too, rather than any square counted twice. They are few:
+        The batches before it are given up too, rather than anything counted twice. They are few:
         the longest examples come first.
         """
         done = 0
@@ -134,9 +150,14 @@ class Session(Passes):
             try:
                 self._add_batch(batch)
             except torch.OutOfMemoryError:
-                self._taps.clear()
+                self._clear()
                 advance(-done)
                 return batch
+            except Unaligned as error:
+                self._clear()
+                advance(-done)
+                self._fall_back(error)
+                return self._add_all(examples, limit, advance)
             except FisherMergekitError:
                 raise
             except Exception:
@@ -146,16 +167,42 @@ class Session(Passes):
             done += len(batch)
         return None
 
+    def _fall_back(self, error: Unaligned) -> None:
+        """Measure factors in the next slower way; their own passes come first."""
+        if not self._have_own_passes and self._taps.totals:
+            self._have_own_passes = True
+        elif self._listening is not None:
+            self._listening.fall_back(error)
+
     def verify(self, examples: Sequence[Example]) -> None:
-        """Find out which rules hold; see `Verification.run`."""
-        self._verification.run(examples)
+        """Find out which rules hold; see `Verification.run` and `Listening.verify`."""
+        if self._taps.totals:
+            self._verification.run(examples)
+        if self._listening is not None:
+            self._listening.verify(examples)
+
+    @property
+    def _shares_passes(self) -> bool:
+        """Whether factors are measured in the passes of the squares.
+
+        They are not where a linear layer's own rule does not hold, or examples have to come alone.
+        """
+        if self.factors is None or self.factors.is_alone or self._have_own_passes:
+            return False
+        return self._taps.has_rules_for(self.factors.groups)
 
     def _add_batch(self, batch: Batch) -> None:
-        """Add the squares of one batch to the totals."""
+        """Add one batch to the totals."""
+        shared = self._shares_passes
+        self._taps.factors = self.factors if shared and self.factors else Factors({})
         if not self._taps.is_empty:
             self._add_tapped(batch)
         if self._taps.loose:
             self._add_loose(batch)
+        if shared and not self._shares_passes:
+            raise Unaligned("a rule did not hold", is_shared=True)
+        if self._listening is not None and not shared:
+            self._listening.add(batch)
 
     def _add_tapped(self, batch: Batch) -> None:
         """Add the squares of the parameters that a rule covers."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.measure.axes import Axes
 from fisher_mergekit.measure.contributions import Contribution
+from fisher_mergekit.measure.inputs import Inputs, Use
 
 Forward = Callable[..., Any]
 """Tensors to a tensor or a tuple of them, without a gradient."""
@@ -45,8 +46,17 @@ class Owner(Protocol):
         backward: Backward,
         saved: Sequence[Tensor],
         gradients: Sequence[Tensor],
+        uses: Mapping[str, Use],
     ) -> Sequence[Tensor | None]:
-        """Run a rule's backward and keep its contributions; return the tensors' gradients."""
+        """Run a rule's backward and keep its contributions; return the tensors' gradients.
+
+        Args:
+            uses: how the outputs, of which `gradients` are, came of linear layers' weights.
+        """
+        ...
+
+    def see(self, site: Site, inputs: Mapping[str, Inputs], given: Tensor) -> None:
+        """Receive what the site's weights are given, when it is called with `given`."""
         ...
 
 
@@ -76,15 +86,29 @@ class Site:
         self.layer.is_spread = True
         return x.expand(self.axes.rows, *x.shape[1:])
 
-    def tap(self, forward: Forward, backward: Backward, *tensors: Tensor, saved: Any = None) -> Any:
+    def tap(
+        self,
+        forward: Forward,
+        backward: Backward,
+        *tensors: Tensor,
+        saved: Any = None,
+        inputs: Mapping[str, Inputs] | None = None,
+        given: Tensor | None = None,
+    ) -> Any:
         """Run `forward` on tensors, and `backward` when their gradients are asked for.
 
         Args:
             saved: what `backward` needs; the tensors themselves if None.
+            inputs: what `forward` gives to weights of linear layers.
+            given: the tensor that the module was called with, where that is another.
         """
         keep = tensors if saved is None else tuple(saved)
+        inputs = inputs or {}
+        if inputs:
+            self.owner.see(self, inputs, tensors[0] if given is None else given)
+        uses = {name: x.use for name, x in inputs.items()}
         # The anchor requires a gradient, so that the output of an embedding does too.
-        return _Tap.apply(self.owner.anchor, self, forward, backward, keep, *tensors)
+        return _Tap.apply(self.owner.anchor, self, forward, backward, keep, uses, *tensors)
 
 
 class _Tap(torch.autograd.Function):
@@ -98,9 +122,10 @@ class _Tap(torch.autograd.Function):
         forward: Forward,
         backward: Backward,
         saved: Sequence[Tensor],
+        uses: Mapping[str, Use],
         *tensors: Tensor,
     ) -> Any:
-        ctx.site, ctx.rule = site, backward
+        ctx.site, ctx.rule, ctx.uses = site, backward, uses
         ctx.save_for_backward(*saved)
         found = forward(*tensors)
         if not site.owner.copies:
@@ -109,5 +134,5 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.site.owner.take(ctx.site, ctx.rule, ctx.saved_tensors, gradients)
-        return (None, None, None, None, None, *found)
+        found = ctx.site.owner.take(ctx.site, ctx.rule, ctx.saved_tensors, gradients, ctx.uses)
+        return (None, None, None, None, None, None, *found)

@@ -13,7 +13,7 @@ does not hold, its parameters climb one rung of this ladder, while the rules are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 from typing import Any
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.axes import Axes, NoExamples
 from fisher_mergekit.measure.batches import Batch
-from fisher_mergekit.measure.contributions import Contribution, add_squares
+from fisher_mergekit.measure.factors import Factors
+from fisher_mergekit.measure.inputs import Inputs, Use
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import Unfit, own_parameters
 from fisher_mergekit.measure.layers.local import Local
 from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
+from fisher_mergekit.measure.squares import Squares
 from fisher_mergekit.measure.tapped import Tapped, TappedLayer
 
 LOG = logging.getLogger(__name__)
@@ -50,9 +52,10 @@ class Taps:
         parameters: those to measure; all of the model's if None.
 
     Attributes:
-        totals: float32 accumulator of each measured parameter.
+        squares: the accumulators.
         loose: parameters that no rule covers; the session measures them example by example.
         anchor: where the gradients of a forward pass begin.
+        factors: what is measured in the same passes; nothing, until somebody says so.
         copies: the model writes into what its modules return, as ResNet adds to it in place.
         scale: of the gradients (`scaling.py`); the totals hold its square. It falls
             where a gradient overflows, and what has been added falls with it.
@@ -63,16 +66,14 @@ class Taps:
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] | None = None):
         self.model = model
         chosen = list(model.parameters() if parameters is None else parameters)
-        self.totals = {p: torch.zeros_like(p, dtype=torch.float32) for p in chosen}
+        self.squares = Squares(chosen)
         self.loose: dict[nn.Parameter, str] = {}
+        self.factors = Factors({})
         self.copies = False
         self.scale = 1.0
         self._names = {p: name for name, p in model.named_parameters()}
         self._is_half = is_half(chosen)
-        self._added: set[nn.Parameter] = set()
         self._layers: dict[str, TappedLayer] = {}
-        self._shared: set[nn.Parameter] = set()
-        self._pending: dict[nn.Parameter, list[Contribution]] = {}
         self._axes = Axes(0, 0)
         self._sealed = False
         self._is_plain = False
@@ -86,7 +87,7 @@ class Taps:
             for parameter in own.values() if not name else ():
                 self.loosen(parameter, "the whole model owns it")
         # A tensor that two modules own (a tied head) gets its gradient from both.
-        self._shared |= {p for p, count in owners.items() if count > 1}
+        self.squares.shared |= {p for p, count in owners.items() if count > 1}
         self._leave_to_children()
 
     def _leave_to_children(self) -> None:
@@ -94,9 +95,8 @@ class Taps:
 
         A masked language model's head holds its decoder's bias, and lets the decoder add it.
         """
-        layers = list(self._layers.values())
-        ruled = {p for x in layers if not _is_local(x) for p in x.parameters.values()}
-        for layer in filter(_is_local, layers):
+        ruled = self._ruled
+        for layer in filter(_is_local, list(self._layers.values())):
             for short in [n for n, p in layer.parameters.items() if p in ruled]:
                 self._remove(layer, short)
 
@@ -111,11 +111,14 @@ class Taps:
         """How many examples a batch may have for the rules that hold something of each of them."""
         return min((x.rule.most_examples(x.parameters) for x in self._layers.values()), default=inf)
 
+    @property
+    def totals(self) -> dict[nn.Parameter, Tensor]:
+        """The accumulator of each measured parameter."""
+        return self.squares.totals
+
     def clear(self) -> None:
         """Forget all squares."""
-        self._pending.clear()
-        for total in self.totals.values():
-            total.zero_()
+        self.squares.clear()
 
     @property
     def is_empty(self) -> bool:
@@ -124,12 +127,7 @@ class Taps:
 
     def check_finite(self) -> None:
         """Raise MeasureError for a total that is not finite."""
-        for parameter, total in self.totals.items():
-            if not total.isfinite().all():
-                raise MeasureError(
-                    f"the Fisher of {self._names[parameter]} is not finite. Look for NaN in the "
-                    "weights, or measure in float32 (`dtype: float32`)."
-                )
+        self.squares.check_finite(self._names)
 
     def loosen_all(self, reason: str) -> None:
         """Leave all parameters to the loop over single examples, and say so once."""
@@ -251,6 +249,7 @@ class Taps:
 
     def forward(self, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """Run one batch's forward pass, tapped."""
+        self.factors.begin(batch)
         while True:
             try:
                 return self._forward(run, batch)
@@ -259,6 +258,7 @@ class Taps:
 
     def _forward(self, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         self._axes = Axes.of(batch)
+        self.factors.begin_again()
         self.anchor = torch.zeros((), device=batch.device, requires_grad=True)
         for layer in self._layers.values():
             layer.calls = 0
@@ -287,10 +287,12 @@ class Taps:
         """
         if not logits.requires_grad:
             return  # no layer with a rule took part
-        self._added.clear()
+        self.squares.begin()
+        self.factors.begin_backward()
         idle = self._idle
         while True:
-            self._pending.clear()
+            self.squares.begin_again()
+            self.factors.begin_backward_again()
             try:
                 with self.installed():  # checkpointed layers run again
                     _, *awake = torch.autograd.grad(
@@ -303,9 +305,7 @@ class Taps:
                 break
             except Overflow:
                 self._lower_scale()
-        for parameter, contributions in self._pending.items():
-            self._add(parameter, contributions)
-        self._pending.clear()
+        self.squares.settle(self._cannot_meet)
         for parameter, gradient in zip(idle, awake, strict=True):
             if gradient is not None:
                 self.loosen(parameter, "it is used where its module is not called")
@@ -318,20 +318,13 @@ class Taps:
     def _lower_scale(self) -> None:
         """Halve the scale, and with it what has been added so far."""
         self.scale = halved(self.scale)
-        for total in self.totals.values():
-            total.div_(4)
+        self.squares.quarter()
 
-    def _add(self, parameter: nn.Parameter, contributions: Sequence[Contribution]) -> None:
-        if parameter in self._added:
-            return  # by the rules that ran before another's gradient overflowed
-        try:
-            add_squares(self.totals[parameter], contributions)
-            self._added.add(parameter)
-        except MeasureError as error:  # contributions that cannot meet before the square
-            if self._sealed:
-                raise
-            self.loosen(parameter, error.message.rstrip("."))
-            raise Irregular from error
+    def _cannot_meet(self, parameter: nn.Parameter, error: MeasureError) -> None:
+        if self._sealed:
+            raise error
+        self.loosen(parameter, error.message.rstrip("."))
+        raise Irregular from error
 
     def call(self, layer: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module by its rule.
@@ -347,7 +340,7 @@ class Taps:
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer runs again
             layer.calls += 1
             if layer.calls > 1:
-                self._shared.update(layer.parameters.values())
+                self.squares.shared.update(layer.parameters.values())
         site = Site(self, layer, layer.module, layer.parameters, layer.forward, self._axes)
         try:
             return layer.rule.call(site, *args, **kwargs)
@@ -368,6 +361,7 @@ class Taps:
         backward: Backward,
         saved: Sequence[Tensor],
         gradients: Sequence[Tensor],
+        uses: Mapping[str, Use],
     ) -> Sequence[Tensor | None]:
         """Receive one tap; return the gradients with respect to the layer's inputs."""
         layer: TappedLayer = site.layer
@@ -389,11 +383,25 @@ class Taps:
             parameter = layer.parameters.get(short)
             if parameter is None:
                 continue
-            if parameter in self._shared:
-                self._pending.setdefault(parameter, []).append(contribution)
-            else:
-                self._add(parameter, [contribution])
+            try:
+                self.squares.take(parameter, contribution)
+            except MeasureError as error:
+                self._cannot_meet(parameter, error)
+        self.factors.take(layer.parameters, uses, gradients[0], self.scale)
         return found
+
+    def see(self, site: Site, inputs: Mapping[str, Inputs], given: Tensor) -> None:
+        """Hand on what a linear layer is given."""
+        self.factors.see(site.parameters, inputs, given)
+
+    def has_rules_for(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Return whether all of them are measured by their layers' own rules."""
+        return self._ruled.issuperset(parameters)
+
+    @property
+    def _ruled(self) -> set[nn.Parameter]:
+        layers = self._layers.values()
+        return {p for x in layers if not _is_local(x) for p in x.parameters.values()}
 
 
 def _is_local(layer: TappedLayer) -> bool:

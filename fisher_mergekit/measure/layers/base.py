@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.measure.axes import NoExamples
 from fisher_mergekit.measure.contributions import Contribution
+from fisher_mergekit.measure.inputs import Inputs
 from fisher_mergekit.measure.sites import Site
 
 
@@ -46,6 +47,10 @@ class Layer(ABC):
             NoExamples: its input has no axis of examples.
         """
 
+    def described(self, module: nn.Module) -> Collection[str]:
+        """Return the parameters, by name, that are matrices of linear layers: `Inputs` go in."""
+        return ()
+
     def most_examples(self, parameters: Mapping[str, nn.Parameter]) -> float:
         """Return how many examples it can treat at a time."""
         return inf
@@ -54,7 +59,7 @@ class Layer(ABC):
 class OneInput(Layer):
     """A module of one tensor whose first axis is the examples: `[b, …, features]`, or `[b, t]` ids.
 
-    A subclass writes `matches` and `backward`.
+    A subclass writes `matches` and `backward`; a linear layer's, `described` and `inputs` too.
     """
 
     def call(self, site: Site, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +80,12 @@ class OneInput(Layer):
             )
             return [None if x_gradient is None else x_gradient.reshape(shape)], contributions
 
-        return site.tap(site.forward, backward, x)
+        inputs = self.inputs(site.module, x)
+        return site.tap(site.forward, backward, x, inputs=inputs, given=given[0])
+
+    def inputs(self, module: Any, x: Tensor) -> dict[str, Inputs]:
+        """Return what a matrix of a linear layer is given, by its name, if there is one."""
+        return {}
 
     @abstractmethod
     def backward(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Scatter
+from fisher_mergekit.measure.inputs import Inputs, Use
 from fisher_mergekit.measure.layers.base import OneInput, Unfit
 
 
@@ -20,6 +22,14 @@ class Embedding(OneInput):
             and module.max_norm is None
             and not module.scale_grad_by_freq
         )
+
+    def described(self, module: nn.Module) -> Collection[str]:
+        return ("weight",)
+
+    def inputs(self, module: Any, x: Tensor) -> dict[str, Inputs]:
+        # What is no ids has no row for each token, and no backward either.
+        is_ids = not x.is_floating_point()
+        return {"weight": Inputs(x, Use(is_lookup=True, axis=-2))} if is_ids else {}
 
     def backward(
         self, module: Any, x: Tensor, gradient: Tensor

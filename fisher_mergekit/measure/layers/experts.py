@@ -6,7 +6,7 @@ every expert's product and every (expert, example) gradient is a product of neig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.measure.axes import NoExamples
 from fisher_mergekit.measure.contributions import Contribution, Scatter, Segments
+from fisher_mergekit.measure.inputs import Inputs, Use
 from fisher_mergekit.measure.layers.base import Layer, Unfit, own_parameters
 from fisher_mergekit.measure.sites import Site
 
@@ -32,11 +33,13 @@ class _Route:
             are sorted by expert, then example.
         expert: `[b, m]` expert of each of an example's rows, in the order of tokens.
         offsets: where each (expert, example) begins, and the end; `experts * b + 1` numbers.
+        tokens: how many there are, each going to several experts.
     """
 
     place: Tensor
     expert: Tensor
     offsets: Sequence[int]
+    tokens: int
 
     @property
     def examples(self) -> int:
@@ -46,8 +49,12 @@ class _Route:
     @property
     def spans(self) -> list[slice]:
         """Each expert's rows."""
-        starts = self.offsets[:: self.examples]
-        return [slice(a, b) for a, b in pairwise(starts)]
+        return [slice(a, b) for a, b in pairwise(self.starts)]
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Where each expert's rows begin, and the end."""
+        return self.offsets[:: self.examples]
 
 
 class Experts(Layer):
@@ -60,6 +67,9 @@ class Experts(Layer):
             and not module.has_post_expert_norm
             and {name for name, _ in module.named_parameters()} == set(own_parameters(module))
         )
+
+    def described(self, module: nn.Module) -> Collection[str]:
+        return ("gate_up_proj", "up_proj", "down_proj")
 
     def call(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 3 or kwargs or not all(isinstance(a, Tensor) for a in args):
@@ -95,7 +105,7 @@ def _route(index: Tensor, *, experts: int, examples: int) -> _Route:
     counts = torch.bincount(keys, minlength=experts * examples)[: experts * examples]
     offsets = [0, *counts.cumsum(0).tolist()]
     place = place[: offsets[-1]]  # an index of `experts` means: no expert
-    return _Route(place, flat.view(examples, each), offsets)
+    return _Route(place, flat.view(examples, each), offsets, tokens)
 
 
 def _linear(site: Site, name: str, x: Tensor, route: _Route) -> Tensor:
@@ -128,4 +138,7 @@ def _linear(site: Site, name: str, x: Tensor, route: _Route) -> Tensor:
             found[f"{name}_bias"] = Scatter(ids, values)
         return [x_gradient], found
 
-    return site.tap(forward, backward, x)  # type: ignore[no-any-return]
+    use = Use(axis=-2 if module.is_transposed else -1, offsets=route.starts)
+    token = route.place // (route.expert.numel() // route.tokens)
+    inputs = {name: Inputs(x, use, token, route.tokens)}
+    return site.tap(forward, backward, x, inputs=inputs)  # type: ignore[no-any-return]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.contributions import Contribution, Product, Vector
+from fisher_mergekit.measure.inputs import Inputs
 from fisher_mergekit.measure.layers.base import OneInput, tokens
 
 
@@ -16,6 +18,12 @@ class Linear(OneInput):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
+
+    def described(self, module: nn.Module) -> Collection[str]:
+        return ("weight",) if type(module).forward is nn.Linear.forward else ()
+
+    def inputs(self, module: Any, x: Tensor) -> dict[str, Inputs]:
+        return {"weight": Inputs(x)} if self.described(module) else {}
 
     def backward(
         self, module: Any, x: Tensor, gradient: Tensor

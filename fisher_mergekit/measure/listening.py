@@ -1,0 +1,256 @@
+"""Passes that measure factors and nothing else: linear layers are listened to, all else is plain.
+
+What a layer's rows are is verified before the first batch: three examples of different lengths,
+padded together, have to give what each of them gives alone. Where they do not, or where a batch
+looks otherwise than those three, examples come alone, and there is no padding to be told from rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_mergekit.errors import FisherMergekitError
+from fisher_mergekit.measure.axes import Axes, NoExamples
+from fisher_mergekit.measure.batches import Batch, Example, collate
+from fisher_mergekit.measure.causality import check_causal
+from fisher_mergekit.measure.factors import Factors, Group, Unaligned
+from fisher_mergekit.measure.inputs import Inputs, Use
+from fisher_mergekit.measure.layers import layer_for
+from fisher_mergekit.measure.layers.base import OneInput, Unfit, own_parameters
+from fisher_mergekit.measure.passes import Passes
+from fisher_mergekit.measure.probe import TOLERANCE, differ, row, spread
+from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
+from fisher_mergekit.measure.sites import Backward, Site
+from fisher_mergekit.measure.tapped import Tapped, TappedLayer
+
+LOG = logging.getLogger(__name__)
+
+
+class Listening:
+    """Runs a model's batches and hands what its linear layers get to the factors.
+
+    Args:
+        passes: the model, whose parameters require no gradients.
+        factors: the accumulators.
+
+    Attributes:
+        lost: names of modules that are called in a way that nothing here covers, and why.
+    """
+
+    anchor: Tensor
+    copies = False
+
+    def __init__(self, passes: Passes, factors: Factors):
+        self._passes = passes
+        self.factors = factors
+        self.lost: dict[str, str] = {}
+        self._layers: dict[str, TappedLayer] = {}
+        self._axes = Axes(0, 0)
+        self._is_plain = False
+        self._scale = 1.0
+        self._is_half = is_half(passes.model.parameters())
+        self._compared: set[object] = set()
+        for name, module in passes.model.named_modules():
+            rule = layer_for(module)
+            own = {n: p for n, p in own_parameters(module).items() if p in factors.parameters}
+            described = {n: p for n, p in own.items() if n in rule.described(module)}
+            if described:
+                self._layers[name] = TappedLayer(name, module, rule, described)
+
+    def add(self, batch: Batch) -> None:
+        """Add one batch's moments.
+
+        Raises:
+            Unaligned: sums have to begin anew, another way.
+        """
+        if self.factors.is_alone:
+            for index in range(len(batch)):
+                self._pass(batch.single(index))
+            return
+        if self._is_moved(batch):
+            raise Unaligned("padding, or what else is in a batch, moves its predictions")
+        self._pass(batch)
+
+    def fall_back(self, error: Unaligned) -> None:
+        """Measure in the next slower way."""
+        if error.is_shared and not self.factors.is_separate:
+            LOG.info("%s: each layer has sums of its own.", error)
+            self.factors.separate()
+        else:
+            LOG.warning("Factors are measured one example at a time: %s.", error)
+            self.factors.is_alone = True
+
+    def verify(self, examples: Sequence[Example]) -> None:
+        """Find out who shares inputs, and how rows are read; see the top of this file."""
+        batch = self._passes.placed(collate(spread(examples, 3), self._passes.pad_token_id))
+        if self.factors.has_outputs and self._passes.likelihood.is_causal:
+            check_causal(self._passes.logits, batch, type(self._passes.model).__name__)
+        self._compared.clear()
+        self.factors.is_alone = False
+        try:
+            self._trace(batch)
+            while wrong := self._wrong(batch):
+                more = [group.next_reading() for group in wrong]
+                if not any(more):
+                    name = min(str(self.factors.parameters[group.leader]) for group in wrong)
+                    raise Unaligned(f"{name} does not get in a batch what it gets alone")
+        except (FisherMergekitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model is a program: asserts, missing inputs, …
+            why = (
+                error
+                if isinstance(error, Unaligned)
+                else Unaligned(f"in batches it fails: {error}")
+            )
+            why.is_shared = False
+            self.fall_back(why)
+            self._trace(batch.single(0))
+        self.factors.clear()
+
+    def _wrong(self, batch: Batch) -> set[Group]:
+        """Return whose sums over a batch are others than those of its examples alone."""
+        factors = self.factors
+        factors.clear()
+        self._pass(batch)
+        sizes = factors.sizes()
+        factors.sign = -1.0
+        try:
+            for index in range(len(batch)):
+                self._pass(batch.single(index))
+        finally:
+            factors.sign = 1.0
+        tolerance = TOLERANCE[next(self._passes.model.parameters()).dtype]
+        differences = factors.sizes()
+        differing = {p for (_, p), size in sizes.items() if differences[_, p] > tolerance * size}
+        miscounted = {g for g in factors.groups.values() if g.rows is None or g.rows.any()}
+        return miscounted | {factors.groups[parameter] for parameter in differing}
+
+    def _trace(self, batch: Batch) -> None:
+        with self.factors.tracing(), torch.no_grad():
+            self._forward(batch)
+
+    def _is_moved(self, batch: Batch) -> bool:
+        """Return whether the first full batch of a form predicts otherwise than its examples."""
+        form = batch.examples[0].form
+        if form in self._compared or len(batch) == 1:
+            return False
+        with torch.no_grad():
+            logits = self._passes.logits(batch)
+            for index in sorted({0, len(batch) // 2, len(batch) - 1}):
+                alone = self._passes.logits(batch.single(index))
+                if differ(row(logits, index, alone), alone):
+                    return True
+        self._compared.add(form)
+        return False
+
+    def _pass(self, batch: Batch) -> None:
+        with torch.set_grad_enabled(self.factors.has_outputs):
+            logits = self._forward(batch)
+        if self.factors.has_outputs:
+            starts = self._passes.starts(logits, batch)
+            for number, start in enumerate(starts, start=1):
+                self._backward(logits, start, keep_graph=number < len(starts))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        self._axes = Axes.of(batch)
+        self.anchor = torch.zeros((), device=batch.device, requires_grad=True)
+        self.factors.begin(batch)
+        with self._installed():
+            return self._passes.logits(batch)
+
+    def _backward(self, logits: Tensor, start: Tensor, *, keep_graph: bool) -> None:
+        if not logits.requires_grad:
+            return  # no linear layer took part
+        self.factors.begin_backward()
+        self._scale = fitting(start) if self._is_half else 1.0
+        while True:
+            try:
+                with self._installed():  # checkpointed layers run again
+                    logits.backward(
+                        scaled(start, self._scale, logits.dtype),
+                        retain_graph=keep_graph or self._is_half,
+                    )
+                return
+            except Overflow:
+                self._scale = halved(self._scale)
+                self.factors.begin_backward_again()
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        layers = list(self._layers.values())
+        for layer in layers:
+            layer.module.forward = Tapped(self, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                if layer.original is None:
+                    del layer.module.forward
+                else:
+                    layer.module.forward = layer.original
+
+    def call(self, layer: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module, and listen."""
+        if self._is_plain or layer.name in self.lost:
+            return layer.forward(*args, **kwargs)
+        site = Site(self, layer, layer.module, layer.parameters, layer.forward, self._axes)
+        try:
+            if isinstance(layer.rule, OneInput):
+                return self._one(site, layer.rule, [*args, *kwargs.values()])
+            return layer.rule.call(site, *args, **kwargs)
+        except (NoExamples, Unfit) as error:
+            why = str(error) or "its input has no axis of examples"
+            if not self.factors.is_alone:
+                raise Unaligned(f"{layer.name}: {why}") from error
+            LOG.warning("%s is not described: %s.", layer.name, why)
+            self.lost[layer.name] = why
+            for parameter in layer.parameters.values():
+                self.factors.drop(parameter)
+            return layer.forward(*args, **kwargs)
+
+    def _one(self, site: Site, rule: OneInput, tensors: Sequence[Any]) -> Any:
+        """Run a layer of one input plainly: where its examples are does not matter here."""
+        if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+            raise Unfit("it is called with more than one tensor")
+        x = site.spread(tensors[0]) if tensors[0].dim() else tensors[0]
+        inputs = rule.inputs(site.module, x)
+        self.see(site, inputs, tensors[0])
+        y = site.forward(x)
+        if torch.is_grad_enabled() and inputs:
+            # Not even an embedding's output requires a gradient by itself: no parameter does.
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            uses = {name: given.use for name, given in inputs.items()}
+            y.register_hook(lambda gradient: self._take(site, uses, gradient))
+        return y
+
+    def _take(self, site: Site, uses: Mapping[str, Use], gradient: Tensor) -> None:
+        if self._is_half and not all_finite([gradient]):
+            raise Overflow
+        self.factors.take(site.parameters, uses, gradient, self._scale)
+
+    def see(self, site: Site, inputs: Mapping[str, Inputs], given: Tensor) -> None:
+        """Receive what a site's weights are given."""
+        self.factors.see(site.parameters, inputs, given)
+
+    def take(
+        self,
+        site: Site,
+        backward: Backward,
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        uses: Mapping[str, Use],
+    ) -> Sequence[Tensor | None]:
+        """Receive a site's output gradients; return those with respect to its inputs."""
+        self._is_plain = True
+        try:
+            found, _ = backward(saved, gradients)
+        finally:
+            self._is_plain = False
+        self._take(site, uses, gradients[0])
+        return found
