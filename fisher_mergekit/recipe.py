@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from mergekit.common import ModelReference
@@ -53,9 +53,11 @@ def _names(folder: str) -> Any:
 if TYPE_CHECKING:
     Estimator = str
     Unit = str
+    Kind = str
 else:
     Estimator = _names("estimators")
     Unit = _names("units")
+    Kind = _names("kinds")
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 """What transformers can compute attention with; which of them, depends on the model."""
@@ -122,7 +124,7 @@ class Recipe:
 
     path: Path
     method: str
-    kind: str
+    kinds: tuple[str, ...]
     models: tuple[RecipeModel, ...]
 
 
@@ -207,7 +209,14 @@ def read_recipe(path: Path) -> Recipe:
                 f"got {sidecar!r}."
             )
         models.append(RecipeModel(reference, calibration, Path(sidecar) if sidecar else None))
-    return Recipe(path, config.merge_method, METHODS[config.merge_method].kind, tuple(models))
+    return Recipe(path, config.merge_method, kinds_of(config), tuple(models))
+
+
+def kinds_of(config: MergeConfiguration) -> tuple[str, ...]:
+    """Return the kinds that a recipe's merge reads: its method's, and what `others` names."""
+    others = (config.parameters or {}).get("others")
+    named = others if others in get_args(Kind) else METHODS[config.merge_method].kind
+    return tuple(dict.fromkeys([METHODS[config.merge_method].kind, str(named)]))
 
 
 def _misplaced(content: Mapping[str, Any]) -> list[str]:

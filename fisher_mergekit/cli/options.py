@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -22,6 +22,24 @@ class ShardSize(ShardSizeParamType):
         if size <= 0:
             self.fail(f"{value!r} is not a size such as 5B, 200M or 10k.", param, ctx)
         return size
+
+
+class Choices(click.ParamType):  # type: ignore[type-arg]
+    """One or several of some words, with commas between them."""
+
+    name = "words"
+
+    def __init__(self, words: Sequence[str]):
+        self.words = words
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        """Return the words, each once."""
+        given = value if isinstance(value, tuple) else value.split(",")
+        chosen = tuple(dict.fromkeys(word.strip() for word in given))
+        for word in chosen:
+            if word not in self.words:
+                self.fail(f"{word!r} is not one of {', '.join(self.words)}.", param, ctx)
+        return chosen
 
 
 def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,14 +12,14 @@ from mergekit.common import ModelReference
 from tqdm import tqdm
 
 from fisher_mergekit.cli.local import Storage, find
-from fisher_mergekit.cli.options import ShardSize, add_common_options, apply_common_options
+from fisher_mergekit.cli.options import Choices, ShardSize, add_common_options, apply_common_options
 from fisher_mergekit.errors import (
     FisherMergekitError,
     MeasureError,
     PlanningError,
     RecipeError,
 )
-from fisher_mergekit.measure.job import Job, existing_sidecar
+from fisher_mergekit.measure.job import Job, missing_kinds
 from fisher_mergekit.measure.precompute import Prepared, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
 from fisher_mergekit.measure.sources.adam import PreparedState
@@ -26,6 +27,7 @@ from fisher_mergekit.recipe import (
     Attention,
     Calibration,
     Estimator,
+    Kind,
     Unit,
     read_calibration,
     read_recipe,
@@ -90,7 +92,10 @@ Examples:
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--model", help="Measure this one model; with a recipe, only this one of its models.")
 @click.option("--out", type=click.Path(path_type=Path), help="Sidecar folder, with --model.")
-@click.option("--kind", default=None, type=click.Choice(["fisher"]), help="What to measure.")
+@click.option(
+    "--kind", "kinds", type=Choices(get_args(Kind)),
+    help=f"What to measure, of {', '.join(get_args(Kind))}; several with commas, in one pass.",
+)  # fmt: skip
 @_add_calibration_flags
 @click.option("--force", is_flag=True, help="Measure again what has a valid sidecar.")
 @click.option("--device", default="cpu", show_default=True, help="Device to compute on, or auto.")
@@ -115,7 +120,7 @@ def precompute(
     recipe: Path | None,
     model: str | None,
     out: Path | None,
-    kind: str | None,
+    kinds: tuple[str, ...] | None,
     force: bool,
     device: str,
     cuda: bool,
@@ -146,7 +151,7 @@ def precompute(
     valid: list[Job] = []
     waiting: list[Prepared | PreparedState] = []
     problems: list[str] = []
-    for reference, given, default_kind, calibration in _requests(recipe, model, out, overrides):
+    for reference, given, default_kinds, calibration in _requests(recipe, model, out, overrides):
         is_pair = reference.lora is not None
         try:
             local = find(reference, storage)
@@ -158,14 +163,15 @@ def precompute(
                 base=local.base,
                 present=given or local.present,
                 out=given or local.out,
-                kind=kind or default_kind,
+                kinds=kinds or default_kinds,
                 calibration=calibration,
                 **options,
             )
-            if not force and existing_sidecar(job):
-                valid.append(job)
+            missing = job.kinds if force else missing_kinds(job)
+            if missing:
+                waiting.append(prepare(replace(job, kinds=missing)))
             else:
-                waiting.append(prepare(job))
+                valid.append(job)
         except FisherMergekitError as error:
             problems.append(f"{reference}: {error.message}")
     problems += _same_place([prepared.job for prepared in waiting])
@@ -183,7 +189,7 @@ def precompute(
                 raise MeasureError(f"{job.reference}: {error.message}") from error
         if not quiet:
             click.echo(
-                f"{job.reference}: read {what_was_read(header.kinds[job.kind])}, wrote {job.out}"
+                f"{job.reference}: read {what_was_read(header.kinds[job.kinds[0]])}, wrote {job.out}"
             )
     if not quiet:
         jobs = [*valid, *(prepared.job for prepared in waiting)]
@@ -224,7 +230,7 @@ def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
 
 def _requests(
     recipe_path: Path | None, model: str | None, out: Path | None, overrides: dict[str, Any]
-) -> list[tuple[ModelReference, Path | None, str, Calibration]]:
+) -> list[tuple[ModelReference, Path | None, tuple[str, ...], Calibration]]:
     """Return (model, sidecar if named, kind, calibration) of everything that is asked for."""
     if recipe_path is None:
         if model is None:
@@ -232,7 +238,7 @@ def _requests(
                 "give a recipe, or one model: --model MODEL --path DATA --text COLUMN"
             )
         reference = ModelReference.parse(model)
-        return [(reference, out, "fisher", read_calibration(overrides, where="flags"))]
+        return [(reference, out, ("fisher",), read_calibration(overrides, where="flags"))]
     recipe = read_recipe(recipe_path)
     chosen = [m for m in recipe.models if model is None or str(m.reference) == model]
     if not chosen:
@@ -247,7 +253,7 @@ def _requests(
         calibration = read_calibration(
             entry.calibration.model_dump(exclude_unset=True), overrides, where="flags"
         )
-        requests.append((entry.reference, out or entry.sidecar, recipe.kind, calibration))
+        requests.append((entry.reference, out or entry.sidecar, recipe.kinds, calibration))
     return requests
 
 

@@ -11,6 +11,7 @@ import xxhash
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.measure.adapter import ADAPTER_STEM
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES
+from fisher_mergekit.measure.kinds import need_gradients
 from fisher_mergekit.measure.sources.optimizer import identify
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
@@ -25,6 +26,10 @@ _SOURCE_KEYS = (
 """Calibration keys that say which data; recorded in the header."""
 
 
+OF_GRADIENTS = ("estimator", "unit", "mask_prompt")
+"""Settings that say nothing of a kind without gradients."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One model to measure.
@@ -36,7 +41,7 @@ class Job:
         base: if it is an adapter alone, the local files of the model that it was trained on.
         present: where its sidecar is read from, if it has one already.
         out: the folder to write its sidecar to.
-        kind: what to measure.
+        kinds: what to measure, in one pass.
         calibration: on what, and how.
     """
 
@@ -46,7 +51,7 @@ class Job:
     tokenizer: Path
     present: Path
     out: Path
-    kind: str
+    kinds: tuple[str, ...]
     calibration: Calibration
     base: Path | None = None
     device: str = "cpu"
@@ -58,19 +63,28 @@ class Job:
         return Checkpoint(self.folder, "model" if self.base is None else ADAPTER_STEM)
 
 
-def existing_sidecar(job: Job) -> Sidecar | None:
-    """Return the model's valid sidecar, or None if it has none that a merge could use.
+def missing_kinds(job: Job) -> tuple[str, ...]:
+    """Return the kinds of which the model has no valid sidecar.
+
+    Raises:
+        SidecarError: there is a valid one that was measured in another way than asked for.
+    """
+    return tuple(kind for kind in job.kinds if existing_sidecar(job, kind) is None)
+
+
+def existing_sidecar(job: Job, kind: str) -> Sidecar | None:
+    """Return the model's valid sidecar of a kind, or None if a merge could not use what is there.
 
     Raises:
         SidecarError: it is valid, but was measured in another way than the recipe asks for.
     """
     try:
-        sidecar = Sidecar(job.present, job.kind)
+        sidecar = Sidecar(job.present, kind)
     except SidecarError:
         return None
     checkpoint = job.checkpoint()
-    names = [name for name in sidecar if name in checkpoint]
-    if len(names) != len(sidecar) or sidecar.foreign(checkpoint, names):
+    names = [name for name in sidecar.weights if name in checkpoint]
+    if len(names) != len(sidecar.weights) or sidecar.foreign(checkpoint, names):
         of = sidecar.header.model.reference
         if job.folder not in job.present.parents and of != job.reference:
             raise SidecarError(
@@ -78,7 +92,7 @@ def existing_sidecar(job: Job) -> Sidecar | None:
                 "another `sidecar:` (--out), or write over it with --force."
             )
         return None
-    differences = _differences(job, sidecar.measurement)
+    differences = _differences(job, kind, sidecar.measurement)
     if differences:
         raise SidecarError(
             f"{job.present} was measured in another way than asked for now: "
@@ -88,7 +102,7 @@ def existing_sidecar(job: Job) -> Sidecar | None:
     return sidecar
 
 
-def _differences(job: Job, measurement: Measurement) -> list[str]:
+def _differences(job: Job, kind: str, measurement: Measurement) -> list[str]:
     """Return where a sidecar's settings are not the ones asked for.
 
     A model for which no data is named is taken as its author measured it; then only what the user
@@ -113,6 +127,8 @@ def _differences(job: Job, measurement: Measurement) -> list[str]:
     if "data" in source:
         where = "path" if asked.optimizer is None else "optimizer"
         pairs[f"the content of {where}"] = (recorded.get("data"), source["data"])
+    if not need_gradients([kind]):
+        pairs = {key: pair for key, pair in pairs.items() if key not in OF_GRADIENTS}
     if asked.path is None and asked.optimizer is None:
         pairs = {key: pair for key, pair in pairs.items() if key in asked.model_fields_set}
     return [f"{key} was {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now]

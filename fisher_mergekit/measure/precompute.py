@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import CalibrationError, MeasureError, SidecarError
@@ -20,8 +19,18 @@ from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES, load_rows
 from fisher_mergekit.measure.checkpointing import checkpoint_layers
 from fisher_mergekit.measure.encoding import Encoder, encode, fingerprint, reads
 from fisher_mergekit.measure.estimators import estimator_for
+from fisher_mergekit.measure.factors import Factors
 from fisher_mergekit.measure.images import read_image_processor
 from fisher_mergekit.measure.job import Job, source_of
+from fisher_mergekit.measure.kinds import (
+    INPUTS,
+    OUTPUTS,
+    SQUARES,
+    Measured,
+    kind_for,
+    need_gradients,
+    needs_of,
+)
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.session import Session
@@ -36,8 +45,7 @@ from fisher_mergekit.measure.subject import (
     read_tokenizer,
 )
 from fisher_mergekit.measure.units import unit_for
-from fisher_mergekit.recipe import Calibration
-from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
+from fisher_mergekit.sidecar.header import NONE, Header, Measurement, ModelIdentity, Settings
 from fisher_mergekit.sidecar.writer import check_writable, describe, write_sidecar
 
 Progress = Callable[[int, int], Any]
@@ -92,7 +100,8 @@ def prepare(job: Job) -> Prepared | PreparedState:
         check_adapter(checkpoint)
     encoder = _encoder(job, config, architecture)
     examples = encode(load_rows(calibration), encoder, likelihood)
-    estimator_for(estimator).check(likelihood, config, examples, calibration)
+    if need_gradients(job.kinds):
+        estimator_for(estimator).check(likelihood, config, examples, calibration)
     check_writable(job.out)
     return Prepared(job, likelihood, estimator, examples)
 
@@ -132,38 +141,44 @@ def precompute(
         FisherMergekitError: what is wrong, where, and what mends it. Nothing partial is left.
     """
     start = time.perf_counter()
-    job = prepared.job
     if isinstance(prepared, PreparedState):
-        subject, fishers, settings, origin = from_state(prepared)
+        measured = from_state(prepared)
     else:
-        subject, fishers, settings, origin = _from_data(prepared, progress)
+        measured = _from_data(prepared, progress)
+    seconds = round(time.perf_counter() - start, 3)
+    return [_write(prepared.job, kind, measured, seconds) for kind in prepared.job.kinds][-1]
+
+
+def _write(job: Job, kind: str, measured: Measured, seconds: float) -> Header:
+    """Write what was measured as one kind of the model's sidecar."""
+    subject, settings = measured.subject, measured.settings
+    if not need_gradients([kind]):
+        none = dict.fromkeys(("estimator", "unit", "likelihood"), NONE)
+        settings = settings.model_copy(update={**none, "mask_prompt": False})
+    found = kind_for(kind).stored(measured)
     dtype = getattr(torch, job.calibration.sidecar_dtype)
-    on_disk = {name: tensor.to("cpu", dtype) for name, tensor in subject.on_disk(fishers)}
-    tensors = dict(sorted(on_disk.items()))
+    tensors = {name: found.tensors.pop(name).to(dtype) for name in sorted(found.tensors)}
+    records = subject.weight_records()
     measurement = Measurement(
         settings=settings,
-        calibration={**source_of(job.calibration), **origin},
-        weights=subject.weight_records(),
-        tensors=describe(tensors),
-        unmeasured=subject.unmeasured,
+        calibration={**source_of(job.calibration), **measured.origin},
+        weights={name: records[name] for name in found.weights},
+        tensors=describe(tensors, found.matrices),
+        factors=found.factors,
+        unmeasured={**subject.unmeasured, **found.undescribed},
         versions=versions(),
-        wall_seconds=round(time.perf_counter() - start, 3),
+        wall_seconds=seconds,
     )
     identity = ModelIdentity(
         reference=job.reference, revision=job.revision, architecture=subject.architecture
     )
-    return write_sidecar(
-        job.out, job.kind, identity, measurement, tensors, shard_size=job.shard_size
-    )
+    return write_sidecar(job.out, kind, identity, measurement, tensors, shard_size=job.shard_size)
 
 
-def _from_data(
-    prepared: Prepared, progress: Progress
-) -> tuple[Subject, dict[nn.Parameter, Tensor], Settings, dict[str, Any]]:
-    """Measure a model on data; return it, its Fisher, and how and on what it was measured."""
+def _from_data(prepared: Prepared, progress: Progress) -> Measured:
+    """Measure a model on data."""
     job, examples = prepared.job, prepared.examples
     calibration = job.calibration
-    likelihood, estimator = prepared.likelihood, prepared.estimator
     subject = load_subject(
         job.folder,
         used_ids(examples),
@@ -175,37 +190,45 @@ def _from_data(
     )
     if calibration.gradient_checkpointing:
         checkpoint_layers(subject.model)
+    needs = needs_of(job.kinds)
     session = Session(
         model=subject.model,
-        likelihood=likelihood,
-        estimator=estimator_for(estimator),
+        likelihood=prepared.likelihood,
+        estimator=estimator_for(prepared.estimator),
         seed=calibration.seed,
         unit=unit_for(calibration.unit),
         pad_token_id=subject.pad_token_id,
         device=torch.device(job.device),
-        parameters=subject.measured,
+        parameters=subject.measured if SQUARES in needs else (),
+        factors=_factors(subject, needs),
     )
     progress(0, len(examples))
-    fishers = session.run(
+    squares = session.run(
         examples, calibration.batch_size, lambda count: progress(count, len(examples))
     )
-    settings = _settings(
-        calibration, likelihood, estimator, [len(e) for e in examples], subject.attention
+    return Measured(
+        subject,
+        squares,
+        session.factors,
+        settings=_settings(prepared, subject.attention),
+        origin={"fingerprint": fingerprint(examples)},
     )
-    return subject, fishers, settings, {"fingerprint": fingerprint(examples)}
 
 
-def _settings(
-    calibration: Calibration,
-    likelihood: Likelihood,
-    estimator: str,
-    lengths: list[int],
-    attention: str | None,
-) -> Settings:
+def _factors(subject: Subject, needs: frozenset[str]) -> Factors | None:
+    if not needs & {INPUTS, OUTPUTS}:
+        return None
+    names = {parameter: name for name, parameter in subject.model.named_parameters()}
+    own = {parameter: names[parameter] for parameter in subject.measured}
+    return Factors(own, outputs=OUTPUTS in needs)
+
+
+def _settings(prepared: Prepared, attention: str | None) -> Settings:
+    calibration, lengths = prepared.job.calibration, [len(e) for e in prepared.examples]
     return Settings(
-        estimator=estimator,
+        estimator=prepared.estimator,
         unit=calibration.unit,
-        likelihood=likelihood.name,
+        likelihood=prepared.likelihood.name,
         examples=len(lengths),
         examples_requested=calibration.examples or DEFAULT_EXAMPLES,
         tokens=sum(lengths),

@@ -21,6 +21,7 @@ FORMAT = "fisher_mergekit.sidecar"
 FORMAT_VERSION = 1
 HEADER_NAME = "header.json"
 CHECKSUM_KEY = "checksum"
+NONE = "none"
 METADATA_KEY = "fisher_mergekit.header"
 
 
@@ -109,6 +110,7 @@ class Settings(_Record):
     """How a kind was measured. Two sidecars are comparable if these agree where it matters.
 
     What counts data is None where there was none to count, but a training's own statistics.
+    A kind that asks nobody what is predicted has `NONE` for estimator, unit and likelihood.
     """
 
     estimator: str

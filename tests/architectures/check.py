@@ -121,7 +121,7 @@ def measure(architecture: str, folder: Path) -> list[Example]:
         tokenizer=folder,
         present=folder / "sidecar",
         out=folder / "sidecar",
-        kind="fisher",
+        kinds=("fisher",),
         calibration=Calibration.model_validate(flags),
     )
     if example(architecture, 0) is not None:

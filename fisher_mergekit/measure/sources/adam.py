@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.job import Job
+from fisher_mergekit.measure.kinds import Measured
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.sources.optimizer import AdamState, Moment, find_state, read_state
@@ -60,9 +60,10 @@ def prepare(job: Job) -> PreparedState:
         FisherMergekitError: files that are missing, damaged, or do not belong together, another
             optimizer, an unknown head, or a kind that Adam does not keep.
     """
-    if job.kind != "fisher":
+    others = [kind for kind in job.kinds if kind != "fisher"]
+    if others:
         raise MeasureError(
-            f"an optimizer's state has no {job.kind}: Adam keeps one number a parameter, a "
+            f"an optimizer's state has no {others[0]}: Adam keeps one number a parameter, a "
             "diagonal. Measure this model on data, or merge with `merge_method: fisher`."
         )
     if job.base is not None:
@@ -106,14 +107,8 @@ def _check_weights(path: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def measure(
-    prepared: PreparedState,
-) -> tuple[Subject, dict[nn.Parameter, Tensor], Settings, dict[str, Any]]:
-    """Turn the state into a diagonal of the model's precision.
-
-    Returns:
-        The model; of each parameter its values in float32; the settings, and what is known of the
-        training.
+def measure(prepared: PreparedState) -> Measured:
+    """Turn the state into a diagonal of the model's precision, in float32.
 
     Raises:
         FisherMergekitError: the model cannot be loaded, or holds other parameters than prepared.
@@ -137,7 +132,7 @@ def measure(
         compute_dtype=str(next(iter(moments.values())).values.dtype).removeprefix("torch."),
         dtype=job.calibration.sidecar_dtype,
     )
-    return subject, values, settings, _origin(state, config)
+    return Measured(subject, values, None, settings, _origin(state, config))
 
 
 def _trained(subject: Subject, moments: dict[str, Moment]) -> Subject:
