@@ -188,9 +188,8 @@ def precompute(
             except FisherMergekitError as error:
                 raise MeasureError(f"{job.reference}: {error.message}") from error
         if not quiet:
-            click.echo(
-                f"{job.reference}: read {what_was_read(header.kinds[job.kinds[0]])}, wrote {job.out}"
-            )
+            read = what_was_read(header.kinds[job.kinds[0]])
+            click.echo(f"{job.reference}: read {read}, wrote {job.out}")
     if not quiet:
         jobs = [*valid, *(prepared.job for prepared in waiting)]
         _summary(recipe, jobs, len(waiting), time.perf_counter() - start, storage)
