@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisher_mergekit.sidecar.header import (
     HEADER_NAME,
+    Factors,
     Header,
     Measurement,
     ModelIdentity,
@@ -72,6 +73,46 @@ def write(
     identity = ModelIdentity(reference="./made-up", architecture="MadeUp")
     described = measurement(tensors, **options)  # type: ignore[arg-type]
     write_sidecar(folder, kind, identity, described, tensors, shard_size=shard_size)
+    return folder
+
+
+def write_factors(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    factors: dict[str, Factors],
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    kind: str = "kfac",
+    digest: str = "d",
+    **settings: object,
+) -> Path:
+    """Write a sidecar of factors.
+
+    Args:
+        tensors: what is stored.
+        factors: by weight, which of it describes the weight.
+        shapes: the weights'.
+        digest: every weight's.
+    """
+    matrices = {
+        name
+        for weight, record in factors.items()
+        for name in record.names
+        if name in tensors and tensors[name].dim() == len(shapes[weight])
+    }
+    base = {
+        "estimator": "exact", "unit": "sequence", "likelihood": "categorical",
+        "examples": 8, "tokens": 64, "max_length": 16, "seed": 0,
+    }  # fmt: skip
+    described = Measurement(
+        settings=Settings.model_validate({**base, **settings}),
+        calibration={"path": "made-up"},
+        weights={n: WeightRecord(dtype="F32", shape=s, digest=digest) for n, s in shapes.items()},
+        tensors=describe(tensors, matrices),
+        factors=factors,
+    )
+    identity = ModelIdentity(reference="./made-up", architecture="MadeUp")
+    write_sidecar(folder, kind, identity, described, tensors)
     return folder
 
 

@@ -8,10 +8,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from fisher_mergekit.cli.factor_tables import print_every_factor, print_factors
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.sidecar.page import facts
 from fisher_mergekit.sidecar.reader import Sidecar, read_header
-from fisher_mergekit.study.mass import OTHER, TYPES, Mass, masses, together
+from fisher_mergekit.study.factors import read_factors
+from fisher_mergekit.study.mass import OTHER, TYPES, Mass, factor_masses, label_of, masses, together
 
 
 @click.command(
@@ -22,42 +24,62 @@ Examples:
 """
 )
 @click.argument("sidecar", type=click.Path(path_type=Path))
-@click.option("--kind", help="Which kind, if there are several.")
+@click.option("--kind", help="Only this kind.")
 @click.option("--tensors", "every_tensor", is_flag=True, help="List every tensor, not layers.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw the mass by layer to this file."
 )
 def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | None) -> None:
-    """Show the header of SIDECAR and its mass by layer and tensor type.
+    """Show the header of SIDECAR and its mass by layer and tensor type, kind by kind.
 
     SIDECAR is a sidecar folder, one of its files, or the folder of a model that has one.
     """
     path = sidecar / "sidecar" if (sidecar / "sidecar").is_dir() else sidecar
-    opened = Sidecar(path, kind or _only_kind(path))
-    found = masses(opened)
+    kinds = [kind] if kind else _kinds(path)
+    if plot is not None and len(kinds) > 1:
+        raise SidecarError(f"{path} holds {', '.join(kinds)}: choose one to draw with --kind.")
     console = Console()
-    _print_header(console, opened)
-    if every_tensor:
-        _print_tensors(console, found)
-    else:
-        _print_layers(console, found)
-    if plot is not None:
-        from fisher_mergekit.study.plots import plot_mass
+    for number, name in enumerate(kinds):
+        if number:
+            console.print()
+        found, title = _show(console, Sidecar(path, name), every_tensor)
+        if plot is not None:
+            from fisher_mergekit.study.plots import plot_mass
 
-        plot_mass(found, plot, title=f"{opened.kind} of {opened.header.model.reference}")
-        console.print(f"Wrote {plot}.")
+            plot_mass(found, plot, title=title)
+            console.print(f"Wrote {plot}.")
 
 
-def _only_kind(path: Path) -> str:
+def _kinds(path: Path) -> list[str]:
     header = read_header(path)
     if header is None:
         raise SidecarError(
             f"there is no sidecar at {path}. Measure the model: mergekit-fisher precompute RECIPE"
         )
-    kinds = sorted(header.kinds)
-    if len(kinds) != 1:
-        raise SidecarError(f"{path} holds {', '.join(kinds) or 'nothing'}: choose one with --kind.")
-    return kinds[0]
+    if not header.kinds:
+        raise SidecarError(
+            f"{path} holds nothing: its writing was interrupted. Measure the model again: "
+            "mergekit-fisher precompute RECIPE"
+        )
+    return sorted(header.kinds)
+
+
+def _show(console: Console, sidecar: Sidecar, every_tensor: bool) -> tuple[list[Mass], str]:
+    """Print one kind; return its mass, and what it is of."""
+    factors = read_factors(sidecar)
+    found = factor_masses(sidecar, factors) if factors else masses(sidecar)
+    _print_header(console, sidecar)
+    if every_tensor:
+        _print_tensors(console, found)
+        if factors:
+            print_every_factor(console, factors)
+    else:
+        _print_layers(console, found)
+        if factors:
+            print_factors(console, factors)
+        else:
+            _print_scale(console, found)
+    return found, f"{sidecar.kind} of {sidecar.header.model.reference}"
 
 
 def _print_header(console: Console, sidecar: Sidecar) -> None:
@@ -89,9 +111,13 @@ def _print_layers(console: Console, found: list[Mass]) -> None:
             cells.append(f"{together(part, name).mean:.1e}" if part else "")
         row = together(here, place or "all")
         share = row.total / whole.total if whole.total else 0.0
-        label = f"layer {place}" if place is not None and place.isdigit() else row.name
+        label = label_of(place or row.name)
         table.add_row(label, *cells, f"{row.mean:.1e}", f"{share:.1%}")
     console.print(table)
+
+
+def _print_scale(console: Console, found: list[Mass]) -> None:
+    whole = together(found, "all")
     console.print(
         f"\nRoot mean square over all {whole.count:,} values: {whole.root_mean_square:.3e}"
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from fisher_mergekit.sidecar.header import Header, Measurement, Settings
 
-KIND_NAMES = {"fisher": "diagonal Fisher information"}
+KIND_NAMES = {
+    "fisher": "diagonal Fisher information",
+    "gram": "Gram matrices of the linear layers' inputs",
+    "kfac": "Kronecker-factored Fisher information of the linear layers",
+}
 
 _DATA_FIRST = ("path", "name", "split", "text", "messages", "label", "optimizer", "steps")
 
@@ -82,7 +87,7 @@ def facts(measurement: Measurement) -> dict[str, str]:
         "unit": settings.unit,
         "seed": None if settings.seed is None else str(settings.seed),
         "dtype": f"{settings.dtype}, computed in {settings.compute_dtype}",
-        "tensors": f"{len(measurement.tensors):,}",
+        "tensors": _tensors(measurement),
         "versions": ", ".join(f"{k} {v}" for k, v in sorted(measurement.versions.items())),
         "prompt": "masked" if settings.mask_prompt else None,
     }
@@ -97,6 +102,16 @@ def what_was_read(measurement: Measurement) -> str:
     if settings.examples is None:
         return f"what {measurement.calibration.get('steps', 0):,} training steps left"
     return f"{settings.examples:,} examples ({settings.tokens:,} tokens)"
+
+
+def _tensors(measurement: Measurement) -> str:
+    count = f"{len(measurement.tensors):,}"
+    if not measurement.factors:
+        return count
+    uses = Counter(name for record in measurement.factors.values() for name in record.names)
+    shared = sum(1 for times in uses.values() if times > 1)
+    of = f"{count} factors of {len(measurement.factors):,} weights"
+    return of + (f", {shared:,} of them shared" if shared else "")
 
 
 def _data(calibration: Mapping[str, Any]) -> str:

@@ -1,13 +1,20 @@
-"""Where in a model its Fisher lies: its *mass*, the sum of its values, by layer and tensor type."""
+"""Where in a model its precision lies: its *mass*, by layer and tensor type.
+
+The mass of a weight is the sum of its precision's diagonal: of a Fisher's values; of a product of
+factors, the trace of the one times the trace of the other.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fisher_mergekit.sidecar.reader import Sidecar
+from fisher_mergekit.study.factors import Factor
 
 _EMBEDDING = ("embed", "wte", "wpe")
 
@@ -32,7 +39,7 @@ class Mass:
         name: the tensor's name, or what the sum is of.
         layer: the layer's number, or None outside the layers.
         type: one of `TYPES`, or `other`.
-        count: number of values.
+        count: number of values: one for each element of the weight.
         total: their sum.
         sum_of_squares: the sum of their squares.
     """
@@ -47,9 +54,7 @@ class Mass:
     @property
     def place(self) -> str:
         """The layer's number; outside the layers `embedding` or `other`: final norms and heads."""
-        if self.layer is not None:
-            return str(self.layer)
-        return EMBEDDING if is_embedding(self.name) else OTHER
+        return place_of(self.name)
 
     @property
     def mean(self) -> float:
@@ -68,6 +73,19 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def place_of(name: str) -> str:
+    """Return a tensor's layer number; outside the layers `embedding` or `other`."""
+    layer = layer_of(name)
+    if layer is not None:
+        return str(layer)
+    return EMBEDDING if is_embedding(name) else OTHER
+
+
+def label_of(place: str) -> str:
+    """Return how tables call a place."""
+    return f"layer {place}" if place.isdigit() else place
+
+
 def type_of(name: str) -> str:
     """Return a tensor's type by its name."""
     lower = name.lower()
@@ -80,7 +98,7 @@ def is_embedding(name: str) -> bool:
 
 
 def masses(sidecar: Sidecar) -> list[Mass]:
-    """Return the mass of every measured tensor: embeddings, the layers in order, the rest.
+    """Return the mass of every tensor of a Fisher: embeddings, the layers in order, the rest.
 
     Reads each tensor once; raises SidecarError if one is corrupt.
     """
@@ -97,13 +115,39 @@ def masses(sidecar: Sidecar) -> list[Mass]:
                 sidecar.sum_of_squares(name),
             )
         )
-    return sorted(found, key=_order)
+    return sorted(found, key=lambda mass: order(mass.name))
 
 
-def _order(mass: Mass) -> tuple[int, int, str]:
-    if mass.layer is not None:
-        return 1, mass.layer, mass.name
-    return (0 if is_embedding(mass.name) else 2), 0, mass.name
+def factor_masses(sidecar: Sidecar, factors: Mapping[str, Factor]) -> list[Mass]:
+    """Return the mass of every weight that factors describe, in the same order.
+
+    Args:
+        sidecar: whose.
+        factors: as read from it.
+    """
+    found = []
+    for name, record in sidecar.measurement.factors.items():
+        count = math.prod(sidecar.measurement.weights[name].shape)
+        inputs = factors[record.inputs].diagonal
+        # Outputs that are not stored are the identity.
+        ones = inputs.new_ones(len(inputs), count // inputs.numel())
+        outputs = ones if record.outputs is None else factors[record.outputs].diagonal
+        total = _sums(inputs) @ _sums(outputs)
+        squares = _sums(inputs.square()) @ _sums(outputs.square())
+        found.append(Mass(name, layer_of(name), type_of(name), count, float(total), float(squares)))
+    return sorted(found, key=lambda mass: order(mass.name))
+
+
+def _sums(diagonal: Tensor) -> Tensor:
+    return diagonal.sum(-1)
+
+
+def order(name: str) -> tuple[int, int, str]:
+    """Return a sort key: embeddings, the layers in order, the rest."""
+    layer = layer_of(name)
+    if layer is not None:
+        return 1, layer, name
+    return (0 if is_embedding(name) else 2), 0, name
 
 
 def together(parts: Iterable[Mass], name: str) -> Mass:

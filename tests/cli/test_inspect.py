@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from models import make_measured, write_fishers
+from sidecars import write_factors
 
 from fisher_mergekit.cli import main
+from fisher_mergekit.sidecar.header import Factors
 
 
 def inspect(*arguments: object) -> Result:
@@ -94,3 +97,100 @@ def test_a_fisher_of_zeros_has_no_shares_and_no_traceback(tmp_path: Path) -> Non
     write_fishers(folder, {name: values * 0 for name, values in fishers.items()})
     shown = inspect(folder, "--plot", tmp_path / "zero.png")
     assert shown.exit_code == 0, shown.output
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """A sidecar of all three kinds: two weights share their inputs, and the table's are counts."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (f"bert.encoder.layer.0.attention.self.{x}.weight" for x in ("query", "key"))
+    table = "bert.embeddings.word_embeddings.weight"
+    shapes = {query: (4, 6), key: (4, 6), table: (9, 6)}
+    rows = torch.randn(20, 6, generator=generator)
+    grads = torch.randn(20, 4, generator=generator)
+    tensors = {f"{query}.inputs": rows.mT @ rows, f"{table}.inputs": torch.arange(9.0)}
+    factors = {
+        query: Factors(inputs=f"{query}.inputs"),
+        key: Factors(inputs=f"{query}.inputs"),
+        table: Factors(inputs=f"{table}.inputs", input_axis=-2),
+    }
+    place = tmp_path / "sidecar"
+    write_factors(place, tensors, factors, shapes, kind="gram")
+    tensors[f"{query}.outputs"] = grads.mT @ grads
+    factors[query] = Factors(inputs=f"{query}.inputs", outputs=f"{query}.outputs")
+    write_factors(place, tensors, factors, shapes, kind="kfac")
+    return place
+
+
+def _cells(output: str, start: str) -> list[list[str]]:
+    return [line.split() for line in output.splitlines() if line.startswith(start)]
+
+
+def test_every_kind_is_shown_one_after_the_other(family: Path) -> None:
+    shown = inspect(family)
+    assert shown.exit_code == 0, shown.output
+    assert [cells[1] for cells in _cells(shown.output, "kind ")] == ["gram", "kfac"]
+    assert "nan" not in shown.output
+    only = inspect(family, "--kind", "kfac")
+    assert [cells[1] for cells in _cells(only.output, "kind ")] == ["kfac"]
+    assert "2 factors of 3 weights" not in only.output
+    assert "1 factors of 4 outputs, for 1 weights." in only.output
+
+
+def test_factors_are_shown_by_layer(family: Path) -> None:
+    shown = inspect(family, "--kind", "gram").output
+    assert "2 factors of 3 weights, 1 of them shared" in " ".join(shown.split())
+    assert "2 factors of 6 to 9 inputs, 1 of them a diagonal, for 3 weights; 1 shared." in shown
+    rank = _cells(shown.split("rank of inputs")[1], "layer 0")
+    factor = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).double()
+    gram = factor.mT @ factor
+    expected = gram.trace() ** 2 / gram.square().sum() / 6
+    outside = 1 - gram.diagonal().square().sum() / gram.square().sum()
+    assert rank == [["layer", "0", f"{expected:.1%}", f"{expected:.1%}", f"{outside:.1%}"]]
+
+
+def test_every_factor_is_a_line(family: Path) -> None:
+    shown = inspect(family, "--kind", "kfac", "--tensors").output
+    lines = {cells[0]: cells[1:] for cells in _cells(shown, "bert.")}
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert lines[f"{query}.inputs"][:3] == ["6", "1", "2"]
+    assert lines[f"{query}.outputs"][:3] == ["4", "1", "1"]
+    counts = lines["bert.embeddings.word_embeddings.weight.inputs"]
+    assert counts == ["9", "1", "1", "4.00e+00", f"{36**2 / 204:.1f}", "diagonal"]
+
+
+def test_the_picture_of_one_kind(family: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "mass.png"
+    said = inspect(family, "--plot", picture)
+    assert said.exit_code == 1
+    assert "holds gram, kfac: choose one to draw with --kind." in said.output
+    assert inspect(family, "--plot", picture, "--kind", "gram").exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kind_that_is_not_there(family: Path) -> None:
+    said = inspect(family, "--kind", "fisher")
+    assert said.exit_code == 1
+    assert "has no complete 'fisher'; it has gram, kfac." in said.output
+
+
+@pytest.mark.parametrize("flags", [(), ("--tensors",)])
+def test_factors_of_zeros_are_shown_as_zeros(tmp_path: Path, flags: tuple) -> None:
+    weight = "model.layers.0.mlp.experts.up_proj"
+    place = write_factors(
+        tmp_path / "sidecar",
+        {"x": torch.zeros(2, 6, 6)},
+        {weight: Factors(inputs="x")},
+        {weight: (2, 5, 6)},
+        kind="gram",
+    )
+    shown = inspect(place, *flags)
+    assert shown.exit_code == 0, shown.output
+    assert "nan" not in shown.output
+
+
+def test_the_page_names_the_kinds(family: Path) -> None:
+    page = (family / "README.md").read_text()
+    assert "## `gram`: Gram matrices of the linear layers' inputs" in page
+    assert "## `kfac`: Kronecker-factored Fisher information of the linear layers" in page
+    assert "| tensors | 2 factors of 3 weights, 1 of them shared |" in page

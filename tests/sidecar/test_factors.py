@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from sidecars import rewrite_header
+from sidecars import rewrite_header, write_factors
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.sidecar.header import (
     Factors,
-    Measurement,
-    ModelIdentity,
-    Settings,
-    WeightRecord,
 )
 from fisher_mergekit.sidecar.reader import Sidecar
-from fisher_mergekit.sidecar.writer import describe, write_sidecar
+from fisher_mergekit.sidecar.writer import describe
 
 SHAPES = {
     "q.weight": (4, 6),
@@ -44,18 +40,7 @@ def write(folder, kind="kfac", digest="d", factors=FACTORS, shapes=SHAPES):
     for name, shape in MATRICES.items():
         rows = torch.rand(shape, generator=generator)
         tensors[name] = rows.mT @ rows
-    measurement = Measurement(
-        settings=Settings(
-            estimator="exact", unit="sequence", likelihood="categorical",
-            examples=8, tokens=64, max_length=16, seed=0,
-        ),
-        calibration={"path": "made-up"},
-        weights={n: WeightRecord(dtype="F32", shape=s, digest=digest) for n, s in shapes.items()},
-        tensors=describe(tensors, MATRICES),
-        factors=factors,
-    )  # fmt: skip
-    identity = ModelIdentity(reference="./made-up", architecture="MadeUp")
-    write_sidecar(folder, kind, identity, measurement, tensors)
+    write_factors(folder, tensors, factors, shapes, kind=kind, digest=digest)
     return tensors
 
 
