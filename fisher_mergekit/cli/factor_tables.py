@@ -8,12 +8,13 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from fisher_mergekit.study.factors import Factor, off_diagonal
+from fisher_mergekit.study.factors import Factor
 from fisher_mergekit.study.mass import OTHER, TYPES, label_of, order, place_of, type_of
 
 _LEGEND = (
     "Effective rank, (tr A)² / ‖A‖², in percent of a factor's width: in how many directions the "
-    "inputs, or the outputs' gradients, vary. Off-diagonal: the share of ‖A‖² off the diagonal."
+    "inputs, or the outputs' gradients, vary. Off-diagonal: the share of ‖A‖² off the diagonal. "
+    "Of several factors, the means."
 )
 
 
@@ -31,9 +32,7 @@ def print_factors(console: Console, factors: Mapping[str, Factor]) -> None:
         for place in (*dict.fromkeys(map(_place, chosen)), None):
             here = [f for f in chosen if place in (None, _place(f))]
             cells = [_rank([f for f in here if _type(f) == name]) for name in (*types,)]
-            table.add_row(
-                label_of(place or "all"), *cells, _rank(here), _percent(off_diagonal(here))
-            )
+            table.add_row(label_of(place or "all"), *cells, _rank(here), _off_diagonal(here))
         console.print()
         console.print(table)
         console.print(_summary(role, chosen))
@@ -50,7 +49,7 @@ def print_every_factor(console: Console, factors: Mapping[str, Factor]) -> None:
     for f in _sorted(factors.values()):
         console.print(
             f"{f.name:{size}}  {f.width:6,}  {len(f.diagonal):6,}  {len(f.weights):7,}  "
-            f"{f.mean:.2e}  {f.effective_rank:9,.1f}  {_percent(f.off_diagonal) or 'diagonal'}",
+            f"{f.mean:.2e}  {f.effective_rank:9,.1f}  {_off_diagonal([f]) or 'diagonal'}",
             soft_wrap=True,
             highlight=False,
         )
@@ -72,8 +71,13 @@ def _rank(factors: Sequence[Factor]) -> str:
     return f"{fmean(f.effective_rank / f.width for f in factors):.1%}" if factors else ""
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+def _off_diagonal(factors: Sequence[Factor]) -> str:
+    shares = [f.off_diagonal for f in factors if f.off_diagonal is not None]
+    return _percent(fmean(shares)) if shares else ""
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _summary(role: str, factors: Sequence[Factor]) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from fisher_mergekit.sidecar.header import Header, Measurement, Settings
+from fisher_mergekit.sidecar.header import NONE, Header, Measurement, Settings
 
 KIND_NAMES = {
     "fisher": "diagonal Fisher information",
@@ -93,7 +93,7 @@ def facts(measurement: Measurement) -> dict[str, str]:
     }
     if settings.attn_implementation:
         lines["dtype"] = f"{lines['dtype']}, attention by {settings.attn_implementation}"
-    return {name: line for name, line in lines.items() if line is not None}
+    return {name: line for name, line in lines.items() if line not in (None, NONE)}
 
 
 def what_was_read(measurement: Measurement) -> str:

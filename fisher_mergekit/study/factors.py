@@ -6,8 +6,6 @@ A factor A is symmetric and positive semidefinite. Its *effective rank* (tr A)²
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,17 +57,10 @@ class Factor:
     @property
     def off_diagonal(self) -> float | None:
         """The share of the squares that stands off the diagonal; None if only that is stored."""
-        return off_diagonal([self]) if self.is_matrix else None
-
-
-def off_diagonal(factors: Iterable[Factor]) -> float | None:
-    """Return the share of several factors' squares off their diagonals; None without a matrix."""
-    matrices = [factor for factor in factors if factor.is_matrix]
-    if not matrices:
-        return None
-    whole = math.fsum(float(factor.squares.sum()) for factor in matrices)
-    inside = math.fsum(float(factor.diagonal.square().sum()) for factor in matrices)
-    return max(0.0, 1 - inside / whole) if whole else 0.0
+        if not self.is_matrix:
+            return None
+        whole = float(self.squares.sum())
+        return max(0.0, 1 - float(self.diagonal.square().sum()) / whole) if whole else 0.0
 
 
 def read_factors(sidecar: Sidecar) -> dict[str, Factor]:

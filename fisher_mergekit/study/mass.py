@@ -22,7 +22,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "norm": ("norm", "ln_"),
     "embedding": _EMBEDDING,
     "attention": ("attn", "attention", "q_lin", "k_lin", "v_lin", "out_lin"),
-    "feed-forward": ("mlp", "ffn", "intermediate", "output.dense"),
+    "feed-forward": ("mlp", "ffn", "intermediate", "output.dense", "moe", "expert"),
 }
 """Tensor types by parts of their names, the first that fits; the rest is `other`."""
 EMBEDDING = "embedding"

@@ -115,7 +115,8 @@ def family(tmp_path: Path) -> Path:
         table: Factors(inputs=f"{table}.inputs", input_axis=-2),
     }
     place = tmp_path / "sidecar"
-    write_factors(place, tensors, factors, shapes, kind="gram")
+    nobody = dict.fromkeys(("estimator", "unit", "likelihood"), "none")
+    write_factors(place, tensors, factors, shapes, kind="gram", **nobody)
     tensors[f"{query}.outputs"] = grads.mT @ grads
     factors[query] = Factors(inputs=f"{query}.inputs", outputs=f"{query}.outputs")
     write_factors(place, tensors, factors, shapes, kind="kfac")
@@ -131,9 +132,10 @@ def test_every_kind_is_shown_one_after_the_other(family: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert [cells[1] for cells in _cells(shown.output, "kind ")] == ["gram", "kfac"]
     assert "nan" not in shown.output
+    gram = inspect(family, "--kind", "gram").output
+    assert not any(name in gram for name in ("estimator", "unit", "likelihood"))
     only = inspect(family, "--kind", "kfac")
     assert [cells[1] for cells in _cells(only.output, "kind ")] == ["kfac"]
-    assert "2 factors of 3 weights" not in only.output
     assert "1 factors of 4 outputs, for 1 weights." in only.output
 
 

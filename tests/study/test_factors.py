@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisher_mergekit.sidecar.header import Factors
 from fisher_mergekit.sidecar.reader import Sidecar
-from fisher_mergekit.study.factors import off_diagonal, read_factors
+from fisher_mergekit.study.factors import read_factors
 from fisher_mergekit.study.mass import factor_masses
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
@@ -136,7 +136,6 @@ def test_the_identity_has_full_rank_and_nothing_off_its_diagonal(tmp_path: Path)
 def test_zeros_have_no_rank_and_no_nonsense(tmp_path: Path) -> None:
     factor = one(tmp_path, torch.zeros(3, 3))
     assert (factor.effective_rank, factor.off_diagonal, factor.mean) == (0, 0, 0)
-    assert off_diagonal([]) is None
 
 
 def test_experts_that_saw_nothing_do_not_count_towards_the_rank(tmp_path: Path) -> None:

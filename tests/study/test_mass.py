@@ -20,6 +20,7 @@ from fisher_mergekit.study.mass import layer_of, type_of
         ("distilbert.transformer.layer.0.sa_layer_norm.weight", 0, "norm"),
         ("model.layers.17.self_attn.q_proj.weight", 17, "attention"),
         ("model.layers.17.mlp.down_proj.weight", 17, "feed-forward"),
+        ("model.layers.17.block_sparse_moe.experts.3.w1.weight", 17, "feed-forward"),
         ("model.layers.17.input_layernorm.weight", 17, "norm"),
         ("model.embed_tokens.weight", None, "embedding"),
         ("h.2.ln_1.weight", 2, "norm"),
