@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-PANEL = 512
+PANEL = 192
 """Rows of a symmetric matrix that are summed at a time; what is left of them is not computed."""
 
 

@@ -68,3 +68,18 @@ def test_peak_memory_of_a_step_and_of_measuring() -> None:
     assert list(found) == ["aim", "step", "Fisher", "loop"]
     assert 0 < int(found["step"]) <= int(found["aim"]) < 1000
     assert all(0 < int(cell) < 1000 for cell in found.values())
+
+
+@pytest.mark.slow
+def test_the_table_of_kinds_is_printed() -> None:
+    command = [sys.executable, str(SCRIPT.parent / "kinds.py"), "--smoke", "--rounds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    times = [line.split()[3:] for line in done.stdout.splitlines() if "time / forward" in line]
+    assert len(times) == 2
+    for limit, forward, *others in times:
+        assert 1 < float(limit) < 3
+        assert forward == "1.00"
+        assert all(float(ratio) > 0 for ratio in others)
+    assert "Llama-3.1-8B's shape" in done.stdout
+    assert re.search(r"32\.1 \(4\.0\) +32\.8 \(4\.1\) +92\.2 \(11\.5\)", done.stdout)

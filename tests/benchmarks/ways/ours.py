@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from cases import Case
 from fisher_mergekit.measure.estimators import estimator_for
+from fisher_mergekit.measure.factors import Factors
+from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, SQUARES, needs_of
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.session import Session
-from ways.base import Way
+from ways.base import Way, names
 
 
-def session_for(case: Case, estimator: str | None) -> Session:
+def session_for(case: Case, estimator: str | None, kinds: Collection[str] = ("fisher",)) -> Session:
     """Return a session for a copy of the model; None is the head's default estimator."""
-    model = case.copy()
+    model, needs = case.copy(), needs_of(kinds)
     likelihood = likelihood_for(type(model).__name__, model.config)
     return Session(
         model=model,
@@ -25,6 +28,8 @@ def session_for(case: Case, estimator: str | None) -> Session:
         seed=0,
         pad_token_id=0,
         device=torch.device("cpu"),
+        parameters=None if SQUARES in needs else (),
+        factors=Factors(names(model), outputs=OUTPUTS in needs) if INPUTS in needs else None,
     )
 
 
@@ -33,10 +38,11 @@ class Empirical(Way):
 
     title = "empirical"
     estimator: ClassVar[str | None] = "empirical"
+    kinds: ClassVar[Collection[str]] = ("fisher",)
 
     def __init__(self, case: Case):
         super().__init__(case)
-        self._session = session_for(case, self.estimator)
+        self._session = session_for(case, self.estimator, self.kinds)
         self._session.verify(case.examples)
 
     def run(self) -> None:
@@ -57,3 +63,24 @@ class Fisher(Empirical):
     title: ClassVar[str] = "Fisher"
     takes_labels = False
     estimator = None
+
+
+class Gram(Fisher):
+    """The inputs of linear layers; forward only."""
+
+    title = "gram"
+    kinds = ("gram",)
+
+
+class KFAC(Fisher):
+    """Their inputs and output gradients."""
+
+    title = "kfac"
+    kinds = ("kfac",)
+
+
+class Together(Fisher):
+    """All kinds in one pass."""
+
+    title = "all three"
+    kinds = ("fisher", "gram", "kfac")

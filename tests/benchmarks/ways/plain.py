@@ -25,6 +25,21 @@ class Step(Way):
         self._model(**batch.inputs, labels=self.case.labels(batch)).loss.backward()
 
 
+class Forward(Way):
+    """A forward pass and nothing else."""
+
+    title = "forward"
+    takes_labels = False
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self._model = case.copy()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self._model(**self.case.batch.inputs)
+
+
 class Loop(Way):
     """One example at a time; right by definition, and what the others are compared with."""
 
