@@ -1,26 +1,41 @@
 """The merge methods, one row each: a method is a choice of precision, nothing else differs.
 
-This table is read by the recipe (which keys exist), by the measuring step (which kind to measure)
+This table is read by the recipe (which keys exist), by the measuring step (which kinds to measure)
 and by the mergekit wing (what to register). It imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class MethodParameter:
-    """One key under a recipe's `parameters`: its type and default."""
+    """One key under a recipe's `parameters`.
+
+    Attributes:
+        value_type: of its values; numbers are finite.
+        default: where the recipe does not say.
+        choices: of a word, which there are.
+        least: of a number.
+        most: of a number.
+    """
 
     name: str
     value_type: type
-    default: bool | float
+    default: bool | int | float | str
+    choices: tuple[str, ...] = ()
+    least: float = 0.0
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
 class Method:
-    """A `merge_method`: the kind of sidecar it reads, and its own parameters."""
+    """A `merge_method`: the kind of sidecar it reads, and its own parameters.
+
+    A parameter that the kind's `system` knows by name is handed to it.
+    """
 
     name: str
     kind: str
@@ -34,6 +49,12 @@ class Method:
         return tuple(parameter.name for parameter in self.parameters)
 
 
+OTHERS = MethodParameter("others", str, "mean", choices=("mean", "fisher"))
+"""How tensors are merged that the kind does not describe."""
+EMBEDDINGS = MethodParameter("embeddings", bool, False)
+"""Whether embeddings are merged by the counts of their tokens, or as other tensors."""
+ALLOW_MIXED = MethodParameter("allow_mixed", bool, False)
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -46,7 +67,34 @@ METHODS: dict[str, Method] = {
                 MethodParameter("normalize_fishers", bool, True),
                 MethodParameter("floor", float, 1e-6),
                 MethodParameter("favor_base", bool, False),
-                MethodParameter("allow_mixed", bool, False),
+                ALLOW_MIXED,
+            ),
+        ),
+        Method(
+            name="regmean",
+            kind="gram",
+            pretty_name="RegMean",
+            reference_url="https://arxiv.org/abs/2212.09849",
+            parameters=(
+                MethodParameter("offdiagonal", float, 0.9, most=1.0),
+                MethodParameter("ridge", float, 0.0),
+                EMBEDDINGS,
+                OTHERS,
+                ALLOW_MIXED,
+            ),
+        ),
+        Method(
+            name="mats",
+            kind="kfac",
+            pretty_name="MaTS (Kronecker-factored Fisher)",
+            reference_url="https://arxiv.org/abs/2312.04339",
+            parameters=(
+                MethodParameter("normalize_fishers", bool, True),
+                MethodParameter("tolerance", float, 1e-6),
+                MethodParameter("iterations", int, 1000, least=1),
+                EMBEDDINGS,
+                OTHERS,
+                ALLOW_MIXED,
             ),
         ),
     )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any, NoReturn
 
-METHODS = ("fisher",)
+METHODS = ("fisher", "regmean", "mats")
 """Names of our merge methods: the ones that report a failed hook when they are used."""
 
 OFF_SWITCH = "FISHER_MERGEKIT_DISABLE"

@@ -8,7 +8,9 @@
     settings.py   lambda and the method's parameters, resolved for one output tensor
     checks.py     what is wrong with a recipe and its tensors
     exclude.py    which tensors the recipe keeps out, and which it should
-    sidecars.py   each model's sidecar: found, opened, checked, scaled
+    sidecars.py   the models' sidecars: found, opened, checked
+    ways.py       by which kind each tensor is merged, and the kinds' scales
+    build.py      from ways to tasks; layers that share their inputs
     tasks.py      mergekit graph tasks: load a theta, load a precision, merge, copy
 
 A merge is planned like this: mergekit's own walk over modules, slices and layers is recorded

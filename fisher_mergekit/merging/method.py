@@ -20,19 +20,16 @@ from mergekit.merge_methods.base import (
 )
 
 from fisher_mergekit.errors import FisherMergekitError
-from fisher_mergekit.methods import Method
+from fisher_mergekit.methods import Method, MethodParameter
 
 LAMBDA = ParameterSpec("lambda", float | None, ParameterScope.INPUT, default=None)
 WEIGHT = ParameterSpec("weight", float | None, ParameterScope.INPUT, default=None)
 SIDECAR = ParameterSpec("sidecar", str | None, ParameterScope.INPUT, default=None)
 
 
-def method_parameters(row: Method) -> tuple[ParameterSpec, ...]:
-    """Return the parameters that a row of `methods.METHODS` has of its own."""
-    return tuple(
-        ParameterSpec(p.name, p.value_type, ParameterScope.SHARED, default=p.default)
-        for p in row.parameters
-    )
+def method_parameter(own: MethodParameter) -> ParameterSpec:
+    """Return what mergekit is to know of one of a method's own parameters."""
+    return ParameterSpec(own.name, own.value_type, ParameterScope.SHARED, default=own.default)
 
 
 class PlannedMethod(MergeMethod):
@@ -44,7 +41,7 @@ class PlannedMethod(MergeMethod):
     def __init__(self, row: Method):
         self.spec = MergeMethodSpec(
             name=row.name,
-            parameters=(LAMBDA, WEIGHT, SIDECAR, *method_parameters(row)),
+            parameters=(LAMBDA, WEIGHT, SIDECAR, *map(method_parameter, row.parameters)),
             contract=InputContract(),
             pretty_name=row.pretty_name,
             reference_url=row.reference_url,

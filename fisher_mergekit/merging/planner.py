@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration
-from mergekit.graph import Task
-from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from fisher_mergekit.errors import PlanningError, RecipeError
 from fisher_mergekit.merging import checks, exclude, settings, sidecars, slots
+from fisher_mergekit.merging.build import Builder
+from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.settings import TensorSettings
-from fisher_mergekit.merging.sidecars import ModelSidecar
-from fisher_mergekit.merging.slots import Record, Slot, Source
-from fisher_mergekit.merging.tasks import CopyTask, LoadPrecision, LoadTheta, MergeTask
+from fisher_mergekit.merging.sidecars import Remedies
+from fisher_mergekit.merging.slots import Record, Slot, part_names
+from fisher_mergekit.merging.ways import Opened, Way, choose, kinds_needed, scales_of
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import exclude_patterns
 
@@ -70,17 +69,13 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
     problems += told
-    # `precompute` reads neither slices nor the several recipes of one mergekit-multi file.
-    one_by_one = sliced or "mergekit.scripts.multimerge" in sys.modules
-    opened, told = sidecars.open_all(
-        merged, resolved, config, method.kind, files, one_by_one=one_by_one
-    )
+    ways, opened, told = find_ways(merged, resolved, config, files, sliced=sliced)
     problems += told
-    for model, found in opened.items() if not problems else ():
+    for model in dict.fromkeys(model for model, _ in opened) if not problems else ():
         problems += checks.left_out(
             files[model],
             model.config(options.trust_remote_code),
-            found.sidecar,
+            sidecars.parameters(opened[model, method.kind]),
             planner.arch_info,
             planner.out_model_config,
         )
@@ -100,10 +95,41 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
                 has_base=config.base_model is not None,
             ),
         )
-    planner._tensors.extend(
-        (slot.weight, _task(slot, resolved.get(slot.name), opened, config, options))
-        for slot in outputs
-    )
+    builder = Builder(ways, resolved, scales_of(merged, ways, opened), config, options)
+    planner._tensors.extend((slot.weight, builder.task(slot)) for slot in outputs)
+
+
+def find_ways(
+    merged: Sequence[Slot],
+    resolved: Mapping[str, TensorSettings],
+    config: MergeConfiguration,
+    files: Files,
+    *,
+    sliced: bool,
+) -> tuple[dict[str, Way], Opened, list[str]]:
+    """Open the sidecars, and choose by which of them each tensor is merged.
+
+    Returns:
+        The ways by the output tensor's name, the sidecars, and what is wrong.
+    """
+    method = METHODS[config.merge_method]
+    given, problems = sidecars.given_paths(config)
+    # `precompute` reads neither slices nor the several recipes of one mergekit-multi file.
+    one_by_one = sliced or "mergekit.scripts.multimerge" in sys.modules
+    remedies = Remedies(given, one_by_one)
+    kinds = kinds_needed(method, resolved)
+    counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
+    names = {model: part_names(merged, model) for model in counting}
+    opened, told = sidecars.open_all(names, kinds, files, remedies)
+    problems += told
+    for kind in kinds:
+        if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
+            of_kind = {m: s.measurement.settings for (m, k), s in opened.items() if k == kind}
+            problems += sidecars.mixed(of_kind, remedies.of_all)
+    if len(opened) < len(counting) * len(kinds):
+        return {}, opened, problems
+    ways, told = choose(merged, resolved, method, opened, remedies)
+    return ways, opened, [*problems, *told]
 
 
 def is_sliced(config: MergeConfiguration) -> bool:
@@ -143,62 +169,3 @@ def record_walk(planner: MergePlanner, walk: Callable[[], None]) -> list[Record]
     finally:
         del planner.plan_tensor
     return records
-
-
-def _task(
-    slot: Slot,
-    values: TensorSettings | None,
-    opened: Mapping[ModelReference, ModelSidecar],
-    config: MergeConfiguration,
-    options: MergeOptions,
-) -> Task[Any]:
-    """Return the task that makes one output tensor; `values` is None if it is not merged."""
-    # Cast once: to what is written, not to what mergekit would have computed in.
-    dtype = slot.weight.force_dtype or config.out_dtype or config.dtype
-
-    def theta(source: Source) -> LoadTheta:
-        return LoadTheta(
-            model=source.model,
-            name=source.tensor.name,
-            parts=_parts(source),
-            label=slot.name,
-            device=options.device if options.read_to_gpu else None,
-        )
-
-    if values is None:
-        if not slot.is_floating:
-            dtype = slot.weight.force_dtype
-        return CopyTask(name=slot.name, theta=theta(slot.sources[0]), dtype=dtype)
-
-    parts = [slot.sources[i] for i in values.counting]
-    lambdas = tuple(values.lambdas[i] for i in values.counting)
-    thetas = tuple(map(theta, parts))
-    measured = [opened[part.model] for part in parts]
-    if not measured[0].describes(parts[0].tensor):
-        return MergeTask(name=slot.name, thetas=thetas, lambdas=lambdas, dtype=dtype)
-    return MergeTask(
-        name=slot.name,
-        thetas=thetas,
-        lambdas=lambdas,
-        precisions=tuple(
-            LoadPrecision(
-                model=part.model,
-                path=found.sidecar.path,
-                kind=found.sidecar.kind,
-                name=part.tensor.name,
-                parts=_parts(part),
-                label=slot.name,
-            )
-            for part, found in zip(parts, measured, strict=True)
-        ),
-        scales=tuple(found.scale for found in measured),
-        normalize=values.options["normalize_fishers"],
-        floor=values.options["floor"],
-        favor=values.counting.index(values.favored) if values.favored in values.counting else None,
-        dtype=dtype,
-    )
-
-
-def _parts(source: Source) -> tuple[str, ...]:
-    """Return the names in the files of what is converted, or nothing for a tensor as it is."""
-    return tuple(part.name for part in source.tensor.parts) if source.tensor.group else ()

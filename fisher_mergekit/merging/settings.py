@@ -16,9 +16,9 @@ from mergekit.merge_methods.base import ParameterSpec
 from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
-from fisher_mergekit.merging.method import LAMBDA, WEIGHT, method_parameters
+from fisher_mergekit.merging.method import LAMBDA, WEIGHT, method_parameter
 from fisher_mergekit.merging.slots import Slot, Source
-from fisher_mergekit.methods import Method
+from fisher_mergekit.methods import Method, MethodParameter
 from fisher_mergekit.recipe import parameter_blocks
 
 
@@ -55,7 +55,6 @@ def resolve(
     spelling = (
         WEIGHT if any("weight" in keys for _, keys, _ in parameter_blocks(config)) else LAMBDA
     )
-    own = method_parameters(row)
     problems: dict[object, str] = {}
     resolved: dict[str, TensorSettings] = {}
     zero: list[str] = []
@@ -70,7 +69,7 @@ def resolve(
             zero.append(slot.name)
             lambdas = [1.0] * len(lambdas)
         options = {}
-        for parameter in own:
+        for parameter in row.parameters:
             options[parameter.name], problem = _shared(parameter, slot.reader, slot.name)
             if problem:
                 problems.setdefault(parameter.name, problem)
@@ -118,18 +117,33 @@ def _lambda(spec: ParameterSpec, reader: ConfigReader, source: Source) -> tuple[
     return float(value), None
 
 
-def _shared(parameter: ParameterSpec, reader: ConfigReader, tensor: str) -> tuple[Any, str | None]:
+def _shared(
+    parameter: MethodParameter, reader: ConfigReader, tensor: str
+) -> tuple[Any, str | None]:
     where = f"parameters: {parameter.name}"
     try:
         value = resolve_parameter(
-            parameter, reader.parameter_sources(None), tensor_name=tensor, t=reader.t
+            method_parameter(parameter),
+            reader.parameter_sources(None),
+            tensor_name=tensor,
+            t=reader.t,
         )
     except ValidationError as error:
-        wanted = "true or false" if parameter.value_type is bool else "a number"
-        return parameter.default, _not_a(where, wanted, error)
-    if parameter.value_type is float and not (math.isfinite(value) and value >= 0):
-        return parameter.default, f"{where} is {value}; it must be a finite number, 0 or more."
+        return parameter.default, _not_a(where, _wanted(parameter), error)
+    if parameter.choices and value not in parameter.choices:
+        return parameter.default, f"{where}: expected {_wanted(parameter)}, got {value!r}."
+    if parameter.value_type in (int, float):
+        least, most = parameter.least, parameter.most
+        if not (math.isfinite(value) and least <= value <= most):
+            limits = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            return parameter.default, f"{where} is {value}; it must be a finite number, {limits}."
     return value, None
+
+
+def _wanted(parameter: MethodParameter) -> str:
+    if parameter.choices:
+        return " or ".join(map(repr, parameter.choices))
+    return {bool: "true or false", int: "a whole number"}.get(parameter.value_type, "a number")
 
 
 def _not_a(where: str, wanted: str, error: ValidationError) -> str:

@@ -1,9 +1,9 @@
-"""Each model's sidecar, for one merge: where it is, whether it fits, and its scale."""
+"""The sidecars of one merge: found, opened, and checked against their models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,38 +12,49 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import SidecarError, SidecarMissing
-from fisher_mergekit.merging.files import Files, Stored
-from fisher_mergekit.merging.settings import TensorSettings
-from fisher_mergekit.merging.slots import Slot
-from fisher_mergekit.precision.fisher import root_mean_square
+from fisher_mergekit.merging.files import Files
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
 from fisher_mergekit.sidecar.location import reading_place
 from fisher_mergekit.sidecar.reader import Sidecar
 
 MEASURE = "Run: mergekit-fisher precompute"
+DEFAULT_KIND = "fisher"
+"""What `precompute --model` measures when nothing else is asked for."""
 
 COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
 """Settings that must agree before two models' precisions may be weighed against each other."""
+
+ASYMMETRY = 1e-3
+"""Largest difference of a factor from its transpose, relative to its largest value."""
+
+NOT_DESCRIBED = "not described by "
+"""How a sidecar's header begins to say why nothing is stored of a parameter; then comes the kind.
+Of what is no parameter it says something else."""
 
 _opened: dict[tuple[Path, str], Sidecar] = {}
 
 
 @dataclass(frozen=True)
-class ModelSidecar:
-    """A sidecar that fits its model.
+class Remedies:
+    """The commands that measure what is missing, for messages.
 
     Attributes:
-        scale: root mean square of the precision over everything that is merged; 1 if the sidecar
-            describes nothing of it.
+        given: the sidecars that the recipe names.
+        one_by_one: whether the recipe is one that `precompute` cannot read as a whole.
     """
 
-    sidecar: Sidecar
-    scale: float
+    given: Mapping[ModelReference, Path]
+    one_by_one: bool = False
 
-    def describes(self, tensor: Stored) -> bool:
-        """Whether a tensor of the model, or all that it is made of, was measured."""
-        return all(part.name in self.sidecar for part in tensor.parts)
+    def of(self, model: ModelReference, kind: str) -> str:
+        """Return the sentence with the command that measures a kind of a model."""
+        return command_for(model, kind, self.given.get(model), one_by_one=self.one_by_one)
+
+    @property
+    def of_all(self) -> str:
+        """The command that measures the recipe's models."""
+        return f"{MEASURE} --model MODEL --path DATA" if self.one_by_one else f"{MEASURE} RECIPE"
 
 
 def open_anew(path: Path, kind: str) -> Sidecar:
@@ -63,49 +74,32 @@ def reopen(path: Path, kind: str) -> Sidecar:
 
 
 def open_all(
-    merged: Sequence[Slot],
-    resolved: Mapping[str, TensorSettings],
-    config: MergeConfiguration,
-    kind: str,
+    names: Mapping[ModelReference, Sequence[str]],
+    kinds: Iterable[str],
     files: Files,
-    *,
-    one_by_one: bool = False,
-) -> tuple[dict[ModelReference, ModelSidecar], list[str]]:
-    """Open and check the sidecars of all models that count somewhere.
+    remedies: Remedies,
+) -> tuple[dict[tuple[ModelReference, str], Sidecar], list[str]]:
+    """Open the sidecars of all models, and check them without loading a precision.
 
     Args:
-        merged: the merged output tensors, complete.
-        resolved: the settings of each, by name.
-        config: the recipe, in mergekit's normal form.
-        kind: which precision.
+        names: of each model that counts, the tensors in its files that are merged.
+        kinds: which precisions are needed.
         files: each model's tensors.
-        one_by_one: whether the recipe is one that `precompute` cannot read as a whole.
+        remedies: for messages.
 
     Returns:
-        The sidecars that fit their models, and what is wrong.
+        The sidecars that fit their models, by model and kind, and what is wrong.
     """
-    given, problems = given_paths(config)
-    opened: dict[ModelReference, ModelSidecar] = {}
-    counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
-    for model in counting:
-        path = given.get(model) or place_of(model, files[model].checkpoint.folder)
-        # A source that several outputs share is one tensor of the model, and counts once. The scale
-        # is that of the tensors in the files, whatever is made of them.
-        sources = [source for s in merged for source in s.sources if source.model == model]
-        names = dict.fromkeys(part.name for source in sources for part in source.tensor.parts)
-        twins = {source.tensor.name: tuple(source.weight.tied_names or ()) for source in sources}
-        remedy = command_for(model, given.get(model), one_by_one=one_by_one)
-        found, told = open_checked(model, path, kind, files[model], list(names), twins, remedy)
-        problems += told
-        if found is not None:
-            opened[model] = found
-    if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
-        problems += mixed(
-            {m: found.sidecar.measurement.settings for m, found in opened.items()},
-            f"{MEASURE} --model MODEL --path DATA" if one_by_one else f"{MEASURE} RECIPE",
-        )
-    if len(opened) == len(counting):
-        problems += half_measured(merged, resolved, opened)
+    opened: dict[tuple[ModelReference, str], Sidecar] = {}
+    problems: list[str] = []
+    for kind in kinds:
+        for model, merged in names.items():
+            path = remedies.given.get(model) or place_of(model, files[model].checkpoint.folder)
+            remedy = remedies.of(model, kind)
+            found, told = open_checked(model, path, kind, files[model], merged, remedy)
+            problems += told
+            if found is not None:
+                opened[model, kind] = found
     return opened, problems
 
 
@@ -155,9 +149,8 @@ def open_checked(
     kind: str,
     files: Mapping[str, TensorInfo],
     names: Sequence[str],
-    twins: Mapping[str, Sequence[str]],
     remedy: str,
-) -> tuple[ModelSidecar | None, list[str]]:
+) -> tuple[Sidecar | None, list[str]]:
     """Open a model's sidecar and check it against the model, without loading a precision.
 
     Args:
@@ -166,8 +159,6 @@ def open_checked(
         kind: which precision.
         files: the model's tensors.
         names: those of them that are to be merged.
-        twins: what each of these may be tied to. Files that hold one parameter under two names
-            must give the scale of files that hold it once.
         remedy: the command that measures the model, for messages.
 
     Returns:
@@ -179,12 +170,15 @@ def open_checked(
         return None, [f"{model}: {error.message} {remedy}"]
     except SidecarError as error:
         return None, [f"{model}: {error.message} {remedy} --force"]
-    measured = [name for name in names if name in sidecar]
+    measured = [name for name in names if name in sidecar.weights]
     unmeasured = sidecar.measurement.unmeasured
-    unknown = [name for name in names if name not in sidecar and name not in unmeasured]
+    unknown = [n for n in names if n not in sidecar.weights and n not in unmeasured]
     foreign = sidecar.foreign(files, measured)
-    sums = {name: sidecar.sum_of_squares(name) for name in measured}
+    stored = list(dict.fromkeys(part for name in measured for part in sidecar.stored(name)))
+    records = sidecar.measurement.tensors
+    sums = {name: records[name].sum_of_squares for name in stored}
     impossible = [name for name, value in sums.items() if not (0 <= value < math.inf)]
+    lopsided = [name for name in stored if (records[name].asymmetry or 0) > ASYMMETRY]
     problems = []
     if foreign:
         problems.append(
@@ -201,34 +195,57 @@ def open_checked(
             f"{model}: the sidecar {path} is corrupt: the sum of squares of {impossible[0]} is "
             f"{sums[impossible[0]]}{_more(impossible)}. {remedy} --force"
         )
-    elif measured and not any(sums.values()):
+    elif measured and not any(squared_norm(sidecar, name) for name in measured):
         problems.append(
             f"{model}: the {kind} in the sidecar {path} is zero in all {len(measured)} merged "
             "tensors, so the model is sure of nothing. Look at its calibration data, then "
             f"measure again. {remedy} --force"
         )
-    if problems:
-        return None, problems
-    records = sidecar.measurement.tensors
-    again = {
-        name
-        for name in measured
-        for twin in twins.get(name, ())
-        if twin in sums and twin != name and records[twin].checksum == records[name].checksum
-    }
-    once = [name for name in measured if name not in again]
-    count = sum(sidecar[name].count for name in once)
-    total = math.fsum(sums[name] for name in once)
-    return ModelSidecar(sidecar, root_mean_square(total, count) if measured else 1.0), []
+    if lopsided:
+        problems.append(
+            f"{model}: the sidecar {path} is corrupt: {lopsided[0]} is not symmetric (it differs "
+            f"from its transpose by {records[lopsided[0]].asymmetry:.0e} of its largest value, "
+            f"where {ASYMMETRY:.0e} is the limit){_more(lopsided)}. {remedy} --force"
+        )
+    return (None if problems else sidecar), problems
 
 
-def command_for(model: ModelReference, out: Path | None = None, *, one_by_one: bool = True) -> str:
+def parameters(sidecar: Sidecar) -> list[str]:
+    """Return the names of all parameters of a sidecar's model: described, or not by this kind."""
+    others = sidecar.measurement.unmeasured.items()
+    return [*sidecar.weights, *(n for n, why in others if why.startswith(NOT_DESCRIBED))]
+
+
+def squared_norm(sidecar: Sidecar, weight: str) -> float:
+    """Return the sum of squares of a weight's precision, from the header alone.
+
+    Of a Kronecker product it is the product of its factors' sums: ‖B ⊗ A‖² = ‖B‖² ‖A‖². Of several
+    in one tensor (packed experts) only the totals are known; they count as if they were alike.
+    """
+    squares = [sidecar.measurement.tensors[n].sum_of_squares for n in sidecar.stored(weight)]
+    factors = sidecar.measurement.factors.get(weight)
+    if factors is None:
+        return math.fsum(squares)
+    *lead, first, last = sidecar.measurement.weights[weight].shape
+    if factors.outputs is None:  # the identity
+        return squares[0] * (first if factors.input_axis == -1 else last)
+    return math.prod(squares) / math.prod(lead)
+
+
+def command_for(
+    model: ModelReference,
+    kind: str = DEFAULT_KIND,
+    out: Path | None = None,
+    *,
+    one_by_one: bool = True,
+) -> str:
     """Return the sentence with the command that measures a model, by itself or with its recipe."""
     cache = f" --lora-merge-cache {LoaderCache().lora_cache_dir}" if model.lora is not None else ""
     if not one_by_one:
         return f"{MEASURE} RECIPE{cache}"
+    which = "" if kind == DEFAULT_KIND else f" --kind {kind}"
     place = f" --out {out}" if out is not None else ""
-    return f"{MEASURE} --model {model}{place}{cache} --path DATA --text COLUMN"
+    return f"{MEASURE} --model {model}{which}{place}{cache} --path DATA --text COLUMN"
 
 
 def mixed(settings: Mapping[ModelReference, header.Settings], remedy: str) -> list[str]:
@@ -242,25 +259,6 @@ def mixed(settings: Mapping[ModelReference, header.Settings], remedy: str) -> li
                 f"the models were measured with different {key}: {listed}. Such precisions differ "
                 f"in scale or meaning. Measure alike ({remedy} --force), or insist with "
                 "`allow_mixed: true` under `parameters:`."
-            )
-    return problems
-
-
-def half_measured(
-    merged: Sequence[Slot],
-    resolved: Mapping[str, TensorSettings],
-    opened: Mapping[ModelReference, ModelSidecar],
-) -> list[str]:
-    """Say which tensors are a parameter of one model and none of another, if any."""
-    problems = []
-    for slot in merged:
-        parts = [slot.sources[i] for i in resolved[slot.name].counting]
-        having = [s for s in parts if opened[s.model].describes(s.tensor)]
-        lacking = [s for s in parts if s not in having]
-        if having and lacking:
-            problems.append(
-                f"{slot.name} was measured in {having[0].model}, but in {lacking[0].model} it is "
-                "no parameter and was not. Keep it out with `exclude:`."
             )
     return problems
 

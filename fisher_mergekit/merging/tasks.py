@@ -1,12 +1,16 @@
 """mergekit graph tasks: load a theta, load a precision, merge them, copy what is not merged.
 
-    LoadTheta × n ──┐
-                    ├── MergeTask ── (mergekit's SaveTensor or ReturnTensor)
-    LoadPrecision × n ┘
+    LoadTheta × n ───────────────────┐
+    LoadPrecision × n ───────────────┼── MergeTask ── (mergekit's SaveTensor or ReturnTensor)
+        └ of inputs: SharedTask ─────┘
     LoadTheta ── CopyTask
 
+Tasks that are equal are done once, so layers that share their inputs load and factorise them once.
+Their labels begin alike: the executor merges such layers one after the other, and what they share
+does not stay in memory for longer.
+
 The loading tasks are ours, not mergekit's `GatherTensors`, for three reasons: they load under the
-very name that was checked; every task of an output tensor bears the *output's* name as its group
+very name that was checked; every task of an output tensor has the *output's* name in its group
 label, so that the executor finishes one tensor before the next, also where two models' files call
 it differently; and a model that does not count for a tensor is not read for it.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
@@ -24,7 +28,7 @@ from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import CheckpointError, SidecarError
 from fisher_mergekit.merging import files, sidecars
-from fisher_mergekit.precision import fisher, solve
+from fisher_mergekit.precision import equation, kind_for
 
 
 class LoadTheta(Task[torch.Tensor]):
@@ -68,16 +72,20 @@ class LoadTheta(Task[torch.Tensor]):
         return self.label
 
 
+Form = Literal["elementwise", "diagonal", "matrix"]
+"""What a stored tensor is: a number for each weight, or a factor's diagonal, or a factor."""
+
+
 class LoadPrecision(Task[torch.Tensor]):
     """Load one measured tensor of one model, checked against its checksum.
 
     Attributes:
         path: the sidecar, a folder or one file.
         kind: which precision.
-        name: the tensor's name in the model's files, and so in the sidecar; of one that is
-            converted, in memory.
+        name: the stored tensor's name; of one that is converted, the weight's in memory.
         parts: what it is converted from, by name in the files.
-        label: the output tensor's name.
+        form: what it is, and so which values it may hold.
+        label: the name under which the executor groups it.
     """
 
     model: ModelReference
@@ -86,13 +94,14 @@ class LoadPrecision(Task[torch.Tensor]):
     name: str
     label: str
     parts: tuple[str, ...] = ()
+    form: Form = "elementwise"
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return nothing: it depends on files only."""
         return {}
 
     def execute(self, **_: Any) -> torch.Tensor:
-        """Return the precision on the CPU, finite and non-negative.
+        """Return the precision on the CPU, checked; a factor's diagonal as a column.
 
         Raises:
             SidecarError: the bytes or the values are not what a measurement can have written.
@@ -103,24 +112,78 @@ class LoadPrecision(Task[torch.Tensor]):
 
     def _load(self, name: str) -> torch.Tensor:
         tensor = sidecars.reopen(self.path, self.kind).load(name)
-        if tensor.numel():
-            # One pass for all three: a NaN anywhere makes both ends NaN.
-            lowest, highest = tensor.aminmax()
-            if not (lowest >= 0 and highest < torch.inf):
-                raise SidecarError(
-                    f"the sidecar {self.path} of {self.model} is corrupt: {name} holds "
-                    f"values from {lowest.item()} to {highest.item()}, but a {self.kind} is "
-                    f"finite and never negative. {sidecars.command_for(self.model)} --force"
-                )
-        return tensor
+        if not tensor.numel():
+            return tensor
+        # One pass for all three: a NaN anywhere makes both ends NaN.
+        lowest, highest = tensor.aminmax()
+        size = max(highest, -lowest)
+        least = tensor.diagonal(dim1=-2, dim2=-1).min() if self.form == "matrix" else lowest
+        if not (least >= 0 and size < torch.inf):
+            raise self._corrupt(
+                f"{name} holds values from {lowest.item()} to {highest.item()}, but a {self.kind} "
+                + ("is finite, and its diagonal" if self.form == "matrix" else "is finite and")
+                + " never negative"
+            )
+        if self.form == "matrix":
+            difference = (tensor - tensor.mT).abs().max()
+            if difference > sidecars.ASYMMETRY * size:
+                raise self._corrupt(f"{name} is not symmetric")
+            if difference > 0:
+                tensor = (tensor + tensor.mT) / 2
+        return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
+
+    def _corrupt(self, what: str) -> SidecarError:
+        return SidecarError(
+            f"the sidecar {self.path} of {self.model} is corrupt: {what}. "
+            f"{sidecars.command_for(self.model, self.kind)} --force"
+        )
 
     def priority(self) -> int:
         """Load late, like the thetas."""
         return -1000
 
     def group_label(self) -> str:
-        """Return the output tensor's name."""
+        """Return the group's label."""
         return self.label
+
+
+Options: TypeAlias = tuple[tuple[str, Any], ...]
+"""A kind's options as pairs: tasks that are equal are done once, so all in them is compared."""
+
+
+class SharedTask(Task[Any]):
+    """What all layers that get the same inputs share: those inputs, factorised.
+
+    Attributes:
+        kind: which precision.
+        inputs: each model's input factor.
+        lambdas: one a model.
+        options: the kind's own.
+        label: of the first of the layers; they are merged one after the other.
+    """
+
+    kind: str
+    inputs: tuple[LoadPrecision, ...]
+    lambdas: tuple[float, ...]
+    label: str
+    options: Options = ()
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the tasks that load the inputs' factors."""
+        return {f"input_{i}": task for i, task in enumerate(self.inputs)}
+
+    def group_label(self) -> str:
+        """Return the group's label."""
+        return self.label
+
+    def uses_accelerator(self) -> bool:
+        """Ask mergekit to move all inputs to the device that computes."""
+        return True
+
+    def execute(self, **inputs: torch.Tensor) -> Any:
+        """Return what the kind makes of them, on the device that computes."""
+        factors = [inputs[f"input_{i}"] for i in range(len(self.inputs))]
+        return kind_for(self.kind).common(factors, self.lambdas, **dict(self.options))
 
 
 class MergeTask(Task[torch.Tensor]):
@@ -128,63 +191,65 @@ class MergeTask(Task[torch.Tensor]):
 
     Attributes:
         name: the output tensor's name.
+        kind: which precision.
         thetas: the models that count here, in the recipe's order.
-        precisions: one a theta; none for the identity.
         lambdas: one a theta.
-        scales: one a precision: its root mean square over everything that is merged.
-        normalize: divide each precision by its own scale.
-        floor: relative to the scale.
-        favor: index of the theta that gets all of the floor.
+        precisions: what was measured, one tuple a theta; empty ones for the identity.
+        options: the kind's own.
+        shared: what the layers that share their inputs have in common.
+        input_axis: a matrix's axis along which its inputs run; the kinds have them run along the
+            last.
         dtype: the result's; None promotes what the thetas are stored in.
+        label: the name under which the executor groups it; None for the tensor's own.
     """
 
     name: str
+    kind: str
     thetas: tuple[LoadTheta, ...]
     lambdas: tuple[float, ...]
-    precisions: tuple[LoadPrecision, ...] = ()
-    scales: tuple[float, ...] = ()
-    normalize: bool = True
-    floor: float = fisher.FLOOR
-    favor: int | None = None
+    precisions: tuple[tuple[LoadPrecision, ...], ...]
+    options: Options = ()
+    shared: SharedTask | None = None
+    input_axis: int = -1
     dtype: str | None = None
+    label: str | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return the tasks that load the thetas and their precisions."""
-        return {
-            **{f"theta_{i}": task for i, task in enumerate(self.thetas)},
-            **{f"precision_{i}": task for i, task in enumerate(self.precisions)},
-        }
+        arguments: dict[str, Task[Any]] = {f"theta_{i}": t for i, t in enumerate(self.thetas)}
+        for i, parts in enumerate(self.precisions):
+            arguments |= {f"precision_{i}_{j}": task for j, task in enumerate(parts)}
+        return arguments if self.shared is None else {**arguments, "shared": self.shared}
 
     def group_label(self) -> str:
-        """Return the output tensor's name."""
-        return self.name
+        """Return the output tensor's name, or the label of the layers that share their inputs."""
+        return self.label or self.name
 
     def uses_accelerator(self) -> bool:
         """Ask mergekit to move all inputs to the device that computes."""
         return True
 
-    def execute(self, **inputs: torch.Tensor) -> torch.Tensor:
+    def execute(self, **inputs: Any) -> torch.Tensor:
         """Return the merged tensor; computed in float32 or better, rounded once.
 
         Raises:
             CheckpointError: the result is not finite; names the model whose weights are not.
         """
-        thetas = [inputs[f"theta_{i}"] for i in range(len(self.thetas))]
-        if self.precisions:
-            merged = solve(
-                "fisher",
-                thetas,
-                [(inputs[f"precision_{i}"],) for i in range(len(self.precisions))],
-                self.lambdas,
-                scales=self.scales,
-                normalize=self.normalize,
-                floor=self.floor,
-                favor=self.favor,
-            )
-        else:
-            merged = solve("identity", thetas, [()] * len(thetas), self.lambdas)
+        thetas: list[torch.Tensor] = [inputs[f"theta_{i}"] for i in range(len(self.thetas))]
+        precisions = [
+            tuple(inputs[f"precision_{i}_{j}"] for j in range(len(parts)))
+            for i, parts in enumerate(self.precisions)
+        ]
+        options = dict(self.options)
+        if self.shared is not None:
+            options["shared"] = inputs["shared"]
+        system = kind_for(self.kind).system(precisions, self.lambdas, **options)
+        turned = [theta.mT for theta in thetas] if self.input_axis == -2 else thetas
+        merged = equation.solve(system, turned, self.lambdas, name=self.name)
+        if self.input_axis == -2:
+            merged = merged.mT
         stored = functools.reduce(torch.promote_types, (theta.dtype for theta in thetas))
-        result = merged.to(dtype_from_name(self.dtype) or stored)
+        result = merged.to(dtype_from_name(self.dtype) or stored).contiguous()
         if not result.isfinite().all():
             self._blame(thetas, result.dtype)
         return result

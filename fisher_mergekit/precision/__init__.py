@@ -53,6 +53,13 @@ class Kind(Protocol):
         """
         ...
 
+    def common(self, inputs: Sequence[Tensor], lambdas: Sequence[float], **options: Any) -> object:
+        """Return what `system` takes as its option `shared`, for all layers of the same inputs.
+
+        Only kinds define it whose first factor several layers can share.
+        """
+        ...
+
 
 def kind_for(name: str) -> Kind:
     """Return the kind of that name."""

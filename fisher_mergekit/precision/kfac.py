@@ -101,6 +101,7 @@ def system(
     lambdas: Sequence[float],
     *,
     scales: Sequence[float] | None = None,
+    normalize: bool = True,
     tolerance: float = TOLERANCE,
     iterations: int = ITERATIONS,
     shared: Basis | None = None,
@@ -111,14 +112,15 @@ def system(
         precisions: n pairs (A of the inputs, B of the outputs), factors as `kronecker.py` has them;
             where all are (A,) alone, B is the identity.
         lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
-        scales: what each model's precision is divided by, positive; None divides by nothing.
+        scales: each model's root mean square over everything that is merged, positive.
+        normalize: divide each precision by its scale, where there are any.
         tolerance: relative residual to stop at.
         iterations: at most so many.
         shared: what `common` gives for these inputs, if it is there already.
     """
     lambdas = relative(lambdas)
     models = counting(lambdas)
-    if scales is not None:
+    if normalize and scales is not None:
         smallest = min(scales[i] for i in models)
         lambdas = [lam and lam * (smallest / s) for lam, s in zip(lambdas, scales, strict=True)]
     if all(len(precisions[i]) == 1 for i in models):

@@ -1,0 +1,210 @@
+"""Which way each output tensor is merged: by the method's kind, by another's, or as a mean.
+
+A kind describes some tensors and not others: a Gram has no biases. What it does not describe goes
+the way that the recipe's `others` says, and so do embeddings, unless the recipe wants them merged
+by the counts of their tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mergekit.common import ModelReference
+
+from fisher_mergekit.merging.settings import TensorSettings
+from fisher_mergekit.merging.sidecars import Remedies, squared_norm
+from fisher_mergekit.merging.slots import Slot, Source, part_names
+from fisher_mergekit.methods import EMBEDDINGS, OTHERS, Method
+from fisher_mergekit.precision.fisher import root_mean_square
+from fisher_mergekit.sidecar.header import Factors
+from fisher_mergekit.sidecar.reader import Sidecar
+
+Opened = Mapping[tuple[ModelReference, str], Sidecar]
+"""The sidecars of a merge, by model and kind."""
+
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one output tensor is merged.
+
+    Attributes:
+        kind: which precision.
+        sources: those that count.
+        sidecars: one a source; none for the identity.
+    """
+
+    kind: str
+    sources: tuple[Source, ...]
+    sidecars: tuple[Sidecar, ...] = ()
+
+    @property
+    def input_axis(self) -> int:
+        """The axis along which a matrix gets its inputs; of factors all models have the same."""
+        factors = self.sidecars and factors_of(self.sidecars[0], self.sources[0])
+        return factors.input_axis if factors else -1
+
+
+def kinds_needed(method: Method, resolved: Mapping[str, TensorSettings]) -> list[str]:
+    """Return the kinds of which sidecars have to be there."""
+    others = {_others(settings) for settings in resolved.values()}
+    return list(dict.fromkeys([method.kind, *sorted(others - {"mean"})]))
+
+
+def factors_of(sidecar: Sidecar, source: Source) -> Factors | None:
+    """Return the factors that describe a model's tensor; None where it has none of its own."""
+    factors: Factors | None = sidecar.measurement.factors.get(source.tensor.parts[0].name)
+    return factors
+
+
+def choose(
+    merged: Sequence[Slot],
+    resolved: Mapping[str, TensorSettings],
+    method: Method,
+    opened: Opened,
+    remedies: Remedies,
+) -> tuple[dict[str, Way], list[str]]:
+    """Choose each output tensor's way.
+
+    Args:
+        merged: the merged output tensors, complete.
+        resolved: the settings of each, by name.
+        method: the recipe's.
+        opened: of every model that counts, the sidecars of all kinds that are needed.
+        remedies: for messages.
+
+    Returns:
+        The ways by the output tensor's name, and what stands in them.
+    """
+    ways: dict[str, Way] = {}
+    problems: list[str] = []
+    converted: dict[str, Slot] = {}
+    for slot in merged:
+        settings = resolved[slot.name]
+        sources = tuple(slot.sources[i] for i in settings.counting)
+        ways[slot.name] = Way(IDENTITY, sources)
+        for kind in _candidates(method, settings):
+            way = Way(kind, sources, tuple(opened[s.model, kind] for s in sources))
+            described = [_describes(*pair) for pair in zip(way.sidecars, sources, strict=True)]
+            if not any(described):
+                continue
+            if not all(described):
+                problems.append(_half(slot, way, described, remedies))
+                break
+            if any(factors_of(*pair) for pair in zip(way.sidecars, sources, strict=True)):
+                if any(source.is_made for source in sources):
+                    converted[slot.name] = slot
+                    break
+                problem = _unlike(slot, way, remedies)
+                if problem is not None:
+                    problems.append(problem)
+                    break
+                if _is_embedding(way) and not settings.options.get(EMBEDDINGS.name):
+                    continue
+            ways[slot.name] = way
+            break
+    if converted:
+        names = list(converted)
+        first = next(s for s in converted[names[0]].sources if s.is_made)
+        problems.append(
+            f"transformers converts {names[0]} of {first.model} while loading"
+            f"{f', and {len(names) - 1} more' if len(names) > 1 else ''}, and the {method.kind} of "
+            "its inputs cannot follow yet. Save the models again with one version of "
+            "transformers, or keep it out with `exclude:`."
+        )
+    return ways, problems
+
+
+def scales_of(
+    merged: Sequence[Slot], ways: Mapping[str, Way], opened: Opened
+) -> dict[tuple[ModelReference, str], float]:
+    """Return each precision's root mean square over everything that is merged by its kind.
+
+    A source that several outputs share is one tensor of the model, and counts once; so does one
+    that the files hold under two names. The scale is that of the tensors in the files, whatever is
+    made of them. It is 1 for a sidecar that describes nothing of what is merged.
+    """
+    scales = {}
+    for (model, kind), sidecar in opened.items():
+        here = [slot for slot in merged if ways[slot.name].kind == kind]
+        measured = [name for name in part_names(here, model) if name in sidecar.weights]
+        sources = (source for slot in here for source in slot.sources if source.model == model)
+        twins = {s.tensor.name: s.weight.tied_names or () for s in sources}
+        once = [n for n in measured if not _is_again(sidecar, n, twins.get(n, ()), measured)]
+        count = sum(math.prod(sidecar.measurement.weights[name].shape) for name in once)
+        total = math.fsum(squared_norm(sidecar, name) for name in once)
+        scales[model, kind] = root_mean_square(total, count) if once else 1.0
+    return scales
+
+
+def _candidates(method: Method, settings: TensorSettings) -> list[str]:
+    """Return the kinds by which a tensor may be merged, the first that describes it."""
+    others = _others(settings)
+    return [method.kind] if others == "mean" else [method.kind, others]
+
+
+def _others(settings: TensorSettings) -> str:
+    return str(settings.options.get(OTHERS.name, OTHERS.default))
+
+
+def _describes(sidecar: Sidecar, source: Source) -> bool:
+    """Whether a tensor of the model, or all that it is made of, was measured."""
+    return all(part.name in sidecar.weights for part in source.tensor.parts)
+
+
+def _is_embedding(way: Way) -> bool:
+    factors = factors_of(way.sidecars[0], way.sources[0])
+    if factors is None:
+        return False
+    return len(way.sidecars[0][factors.inputs].shape) < len(way.sources[0].tensor.shape)
+
+
+def _is_again(sidecar: Sidecar, name: str, twins: Iterable[str], measured: Iterable[str]) -> bool:
+    """Whether a tensor is in the files under another name too, one that it is tied to."""
+
+    def checksums(weight: str) -> list[str]:
+        return [sidecar.measurement.tensors[n].checksum for n in sidecar.stored(weight)]
+
+    return any(
+        twin != name and twin in measured and checksums(twin) == checksums(name) for twin in twins
+    )
+
+
+def _half(slot: Slot, way: Way, described: Sequence[bool], remedies: Remedies) -> str:
+    having = way.sources[described.index(True)]
+    lacking = way.sources[described.index(False)]
+    if not way.sidecars[described.index(True)].measurement.factors:
+        return (
+            f"{slot.name} was measured in {having.model}, but in {lacking.model} it is "
+            "no parameter and was not. Keep it out with `exclude:`."
+        )
+    reasons = way.sidecars[described.index(False)].measurement.unmeasured
+    reason = reasons.get(lacking.tensor.parts[0].name, "it is missing there")
+    return (
+        f"the {way.kind} of {having.model} describes {slot.name}, that of {lacking.model} does not "
+        f"({reason}). Measure both alike ({remedies.of_all} --force), or keep it out with "
+        "`exclude:`."
+    )
+
+
+def _unlike(slot: Slot, way: Way, remedies: Remedies) -> str | None:
+    """Say in what the models' factors of one tensor differ, if in anything."""
+    first: tuple[str, str] | None = None
+    for sidecar, source in zip(way.sidecars, way.sources, strict=True):
+        factors = factors_of(sidecar, source)
+        said = "a number for each weight"
+        if factors is not None:
+            shapes = [f"{n.rpartition('.')[2]} {list(sidecar[n].shape)}" for n in factors.names]
+            said = f"{', '.join(shapes)} along axis {factors.input_axis}"
+        if first is None:
+            first = (said, str(source.model))
+        elif said != first[0]:
+            return (
+                f"the {way.kind} of {slot.name} is {first[0]} in {first[1]}, but {said} in "
+                f"{source.model}. Measure both alike ({remedies.of_all} --force), or save the "
+                "models again with one version of transformers."
+            )
+    return None
