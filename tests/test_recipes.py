@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from running import command
 from tokenizers_of_words import WORDS, give_tokenizer
 
 from fisher_mergekit.cli.precompute import precompute
+from fisher_mergekit.methods import METHODS
 from fisher_mergekit.precision import fisher, solve
 from fisher_mergekit.sidecar.reader import Sidecar
 
@@ -89,14 +91,17 @@ def test_a_recipe_is_measured_once_and_merged_as_written(
     name = next(n for n in merged if n.endswith(last))
     lambdas = [last_lambda(entry.get("parameters", {})) for entry in recipe["models"]]
     kept = recipe.get("parameters", {}).get("exclude", [])
-    measured = [Sidecar(model / "sidecar", "fisher") for model in models]
+    kind = METHODS[recipe["merge_method"]].kind
+    measured = [Sidecar(model / "sidecar", kind) for model in models]
+    options: dict = {} if kind == "gram" else {"scales": [scale(x, kept) for x in measured]}
+    if recipe.get("parameters", {}).get("favor_base"):
+        options["favor"] = 0
     expected = solve(
-        "fisher",
+        kind,
         [read(model)[name] for model in models],
-        [(sidecar.load(name),) for sidecar in measured],
+        [tuple(map(sidecar.load, sidecar.stored(name))) for sidecar in measured],
         lambdas,
-        scales=[scale(sidecar, kept) for sidecar in measured],
-        favor=0 if recipe.get("parameters", {}).get("favor_base") else None,
+        **options,
     )
     torch.testing.assert_close(merged[name], expected.to(merged[name].dtype), rtol=1e-5, atol=1e-6)
     for head in (n for n in merged if any(part in n for part in kept)):
@@ -113,13 +118,15 @@ def last_lambda(parameters: dict) -> float:
 
 def scale(sidecar: Sidecar, kept: list[str]) -> float:
     """Return the root mean square over what is merged."""
-    names = [name for name in sidecar if not any(part in name for part in kept)]
-    squares = sum(sidecar.sum_of_squares(name) for name in names)
-    return fisher.root_mean_square(squares, sum(sidecar[name].count for name in names))
+    weights = sidecar.measurement.weights
+    names = [name for name in sidecar.weights if not any(part in name for part in kept)]
+    names = [name for name in names if not ("embed" in name and sidecar.kind == "kfac")]
+    squares = sum(math.prod(map(sidecar.sum_of_squares, sidecar.stored(n))) for n in names)
+    return fisher.root_mean_square(squares, sum(math.prod(weights[n].shape) for n in names))
 
 
 def test_every_recipe_is_short_and_says_what_it_is_for() -> None:
-    assert len(RECIPES) >= 6
+    assert len(RECIPES) >= 8
     for path in RECIPES:
         lines = path.read_text().splitlines()
         assert lines[0].startswith("# "), path.name
