@@ -20,6 +20,7 @@ class MethodParameter:
         choices: of a word, which there are.
         least: of a number.
         most: of a number.
+        whole: whether it holds for the whole recipe only, and not for a slice or some tensors.
     """
 
     name: str
@@ -28,6 +29,7 @@ class MethodParameter:
     choices: tuple[str, ...] = ()
     least: float = 0.0
     most: float = math.inf
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,20 @@ class Method:
         """Names of the method's own parameters."""
         return tuple(parameter.name for parameter in self.parameters)
 
+    @property
+    def shared_keys(self) -> tuple[str, ...]:
+        """Names of those that a slice or a module can have of its own."""
+        return tuple(parameter.name for parameter in self.parameters if not parameter.whole)
+
 
 OTHERS = MethodParameter("others", str, "mean", choices=("mean", "fisher"))
 """How tensors are merged that the kind does not describe."""
 EMBEDDINGS = MethodParameter("embeddings", bool, False)
 """Whether embeddings are merged by the counts of their tokens, or as other tensors."""
+PRIOR = MethodParameter("prior", bool, False)
+"""Whether base_model's own Fisher is a prior; lambdas are absolute then."""
+PRIOR_SIDECAR = MethodParameter("prior_sidecar", str, "", whole=True)
+"""Where base_model's Fisher is, if not in the place of a model's sidecar."""
 ALLOW_MIXED = MethodParameter("allow_mixed", bool, False)
 
 METHODS: dict[str, Method] = {
@@ -67,6 +78,8 @@ METHODS: dict[str, Method] = {
                 MethodParameter("normalize_fishers", bool, True),
                 MethodParameter("floor", float, 1e-6),
                 MethodParameter("favor_base", bool, False),
+                PRIOR,
+                PRIOR_SIDECAR,
                 ALLOW_MIXED,
             ),
         ),

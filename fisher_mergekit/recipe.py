@@ -299,9 +299,10 @@ def exclude_patterns(config: MergeConfiguration) -> tuple[str, ...]:
 
 def parameter_problems(config: MergeConfiguration) -> list[str]:
     """Return what is wrong with the keys under every `parameters` of a recipe of ours."""
-    shared_keys = (*METHODS[config.merge_method].keys, "lambda", "weight")
+    method = METHODS[config.merge_method]
+    shared_keys = (*method.shared_keys, "lambda", "weight")
     # Tensors are excluded from the whole merge; there is no such thing as excluding from a slice.
-    whole_keys = (*shared_keys, "exclude")
+    whole_keys = (*method.keys, "lambda", "weight", "exclude")
     problems: list[str] = []
     used: set[str] = set()
     for where, keys, is_model in parameter_blocks(config):

@@ -23,6 +23,7 @@ from fisher_mergekit.merging.tasks import (
 )
 from fisher_mergekit.merging.ways import Way, factors_of
 from fisher_mergekit.precision import kind_for
+from fisher_mergekit.precision.prior import with_base
 from fisher_mergekit.sidecar.reader import Sidecar
 
 
@@ -70,6 +71,8 @@ class Builder:
             )
         values = self._resolved[slot.name]
         lambdas = tuple(values.lambdas[i] for i in values.counting)
+        if way.has_base:
+            lambdas = with_base(lambdas)
         group, label = self._labels(slot.name, way)
         precisions: tuple[tuple[LoadPrecision, ...], ...] = ((),) * len(way.sources)
         if way.sidecars:
@@ -121,7 +124,7 @@ class Builder:
         """Return what a function of the kind takes, of all that the recipe and sidecars say."""
         known = {
             **values.options,
-            "scales": tuple(self._scales.get((s.model, way.kind), 1.0) for s in way.sources),
+            "scales": tuple(self._scales[key] for key in way.keys),
             "normalize": values.options.get("normalize_fishers", True),
             "favor": values.counting.index(values.favored)
             if values.favored in values.counting

@@ -12,13 +12,13 @@ from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.plan import MergePlanner
 
 from fisher_mergekit.errors import PlanningError, RecipeError
-from fisher_mergekit.merging import checks, exclude, settings, sidecars, slots
+from fisher_mergekit.merging import checks, exclude, priors, settings, sidecars, slots
 from fisher_mergekit.merging.build import Builder
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.sidecars import Remedies
 from fisher_mergekit.merging.slots import Record, Slot, part_names
-from fisher_mergekit.merging.ways import Opened, Way, choose, kinds_needed, scales_of
+from fisher_mergekit.merging.ways import PRIOR_KIND, Opened, Way, choose, kinds_needed, scales_of
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import exclude_patterns
 
@@ -71,11 +71,13 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     problems += told
     ways, opened, told = find_ways(merged, resolved, config, files, sliced=sliced)
     problems += told
-    for model in dict.fromkeys(model for model, _ in opened) if not problems else ():
+    for (model, kind), sidecar in opened.items() if not problems else ():
+        if kind != method.kind:
+            continue
         problems += checks.left_out(
             files[model],
             model.config(options.trust_remote_code),
-            sidecars.parameters(opened[model, method.kind]),
+            sidecars.parameters(sidecar),
             planner.arch_info,
             planner.out_model_config,
         )
@@ -119,16 +121,32 @@ def find_ways(
     remedies = Remedies(given, one_by_one)
     kinds = kinds_needed(method, resolved)
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
-    names = {model: part_names(merged, model) for model in counting}
+    names = {
+        model: part_names(x for slot in merged for x in slot.sources if x.model == model)
+        for model in counting
+    }
     opened, told = sidecars.open_all(names, kinds, files, remedies)
     problems += told
-    for kind in kinds:
-        if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
-            of_kind = {m: s.measurement.settings for (m, k), s in opened.items() if k == kind}
-            problems += sidecars.mixed(of_kind, remedies.of_all)
-    if len(opened) < len(counting) * len(kinds):
+    bases, told = priors.base_sources(merged, resolved, config, files)
+    problems += told
+    if bases:
+        prior, told = priors.open_prior(bases, config, files, given)
+        problems += told
+        if prior is not None:
+            opened[next(iter(bases.values())).model, PRIOR_KIND] = prior
+    if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
+        for kind in kinds:
+            problems += sidecars.mixed(
+                {
+                    f"{model} (the prior)" if of == PRIOR_KIND else str(model): s.measurement
+                    for (model, of), s in opened.items()
+                    if of == kind or (of == PRIOR_KIND and kind == priors.KIND)
+                },
+                remedies.of_all,
+            )
+    if len(opened) < len(counting) * len(kinds) + bool(bases):
         return {}, opened, problems
-    ways, told = choose(merged, resolved, method, opened, remedies)
+    ways, told = choose(merged, resolved, method, opened, remedies, bases)
     return ways, opened, [*problems, *told]
 
 

@@ -248,11 +248,11 @@ def command_for(
     return f"{MEASURE} --model {model}{which}{place}{cache} --path DATA --text COLUMN"
 
 
-def mixed(settings: Mapping[ModelReference, header.Settings], remedy: str) -> list[str]:
+def mixed(measured: Mapping[str, header.Measurement], remedy: str) -> list[str]:
     """Say in which respect the models were measured differently, if in any."""
     problems = []
     for key in COMPARABLE:
-        values = {str(model): getattr(s, key) for model, s in settings.items()}
+        values = {model: getattr(m.settings, key) for model, m in measured.items()}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{value} for {model}" for model, value in values.items())
             problems.append(

@@ -119,9 +119,8 @@ def find_slots(records: Iterable[Record], files: Files, patterns: Sequence[str])
     return [slot for slot in found if slot is not None]
 
 
-def part_names(slots: Iterable[Slot], model: ModelReference) -> list[str]:
-    """Return the tensors in a model's files of which outputs are made, each once."""
-    sources = (source for slot in slots for source in slot.sources if source.model == model)
+def part_names(sources: Iterable[Source]) -> list[str]:
+    """Return the tensors in a model's files of which its sources are made, each once."""
     return list(dict.fromkeys(part.name for source in sources for part in source.tensor.parts))
 
 

@@ -27,19 +27,26 @@ Opened = Mapping[tuple[ModelReference, str], Sidecar]
 IDENTITY = "identity"
 
 
+PRIOR_KIND = "prior"
+
+
 @dataclass(frozen=True)
 class Way:
     """How one output tensor is merged.
 
     Attributes:
         kind: which precision.
-        sources: those that count.
-        sidecars: one a source; none for the identity.
+        sources: those that count; behind them the base, where it is a prior.
+        keys: one a source, which of the sidecars; none for the identity.
+        sidecars: likewise.
+        has_base: whether the last source is the base, and the others' lambdas are absolute.
     """
 
     kind: str
     sources: tuple[Source, ...]
+    keys: tuple[tuple[ModelReference, str], ...] = ()
     sidecars: tuple[Sidecar, ...] = ()
+    has_base: bool = False
 
     @property
     def input_axis(self) -> int:
@@ -66,6 +73,7 @@ def choose(
     method: Method,
     opened: Opened,
     remedies: Remedies,
+    bases: Mapping[str, Source],
 ) -> tuple[dict[str, Way], list[str]]:
     """Choose each output tensor's way.
 
@@ -73,8 +81,10 @@ def choose(
         merged: the merged output tensors, complete.
         resolved: the settings of each, by name.
         method: the recipe's.
-        opened: of every model that counts, the sidecars of all kinds that are needed.
+        opened: of every model that counts, the sidecars of all kinds that are needed; and the
+            base's, of kind `prior`.
         remedies: for messages.
+        bases: the base's tensors, where it is a prior.
 
     Returns:
         The ways by the output tensor's name, and what stands in them.
@@ -85,16 +95,27 @@ def choose(
     for slot in merged:
         settings = resolved[slot.name]
         sources = tuple(slot.sources[i] for i in settings.counting)
-        ways[slot.name] = Way(IDENTITY, sources)
+        base = bases.get(slot.name)
+        own = sources if base is None else (*sources, base)
+        ways[slot.name] = Way(IDENTITY, own, has_base=base is not None)
         for kind in _candidates(method, settings):
-            way = Way(kind, sources, tuple(opened[s.model, kind] for s in sources))
-            described = [_describes(*pair) for pair in zip(way.sidecars, sources, strict=True)]
+            keys = tuple((source.model, kind) for source in sources)
+            if base is not None:
+                keys += ((base.model, PRIOR_KIND),)
+            way = Way(
+                kind if base is None else PRIOR_KIND,
+                own,
+                keys,
+                tuple(opened[key] for key in keys),
+                has_base=base is not None,
+            )
+            described = [_describes(*pair) for pair in zip(way.sidecars, own, strict=True)]
             if not any(described):
                 continue
             if not all(described):
                 problems.append(_half(slot, way, described, remedies))
                 break
-            if any(factors_of(*pair) for pair in zip(way.sidecars, sources, strict=True)):
+            if any(factors_of(*pair) for pair in zip(way.sidecars, own, strict=True)):
                 if any(source.is_made for source in sources):
                     converted[slot.name] = slot
                     break
@@ -129,9 +150,14 @@ def scales_of(
     """
     scales = {}
     for (model, kind), sidecar in opened.items():
-        here = [slot for slot in merged if ways[slot.name].kind == kind]
-        measured = [name for name in part_names(here, model) if name in sidecar.weights]
-        sources = (source for slot in here for source in slot.sources if source.model == model)
+        sources = [
+            source
+            for slot in merged
+            if any(of == kind for _, of in ways[slot.name].keys)
+            for source in (ways[slot.name].sources[-1:] if kind == PRIOR_KIND else slot.sources)
+            if source.model == model
+        ]
+        measured = [name for name in part_names(sources) if name in sidecar.weights]
         twins = {s.tensor.name: s.weight.tied_names or () for s in sources}
         once = [n for n in measured if not _is_again(sidecar, n, twins.get(n, ()), measured)]
         count = sum(math.prod(sidecar.measurement.weights[name].shape) for name in once)
