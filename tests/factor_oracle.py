@@ -1,118 +1,200 @@
-"""Input and output factors the slow way: examples alone, in float64, by watching plain PyTorch."""
+"""Input and output factors the slow way: examples alone, in float64, by watching plain PyTorch.
+
+Whatever product has a view of a parameter in it is a linear map, be it written as a module, as `@`
+or as a product of batches. Which of the parameter's axes the inputs run along, and which expert it
+is, is read off the view's strides and offset.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
-from fisher_mergekit.measure.batches import Example
+from fisher_mergekit.measure.batches import Batch, Example, collate
 
 Factors = dict[str, Tensor]
 
+_PRODUCTS = {
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
+}  # fmt: skip
+_CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double}
 
-class _Watch(TorchFunctionMode):
-    """Hand every linear map's weight, input rows and output to a function."""
 
-    def __init__(self, seen: Callable[[Tensor, Tensor, Tensor], None]):
+@dataclass
+class Use:
+    """One product with a matrix: `rows @ matrix` is `y`.
+
+    Attributes:
+        name: of the parameter, of which the matrix is a part.
+        expert: which one of a `[e, …]` parameter's matrices it is; None if it has but one.
+        axis: of the parameter, along which the inputs run.
+    """
+
+    name: str
+    expert: int | None
+    axis: int
+    rows: Tensor
+    y: Tensor
+    is_batched: bool = False
+
+
+@dataclass
+class Measured:
+    """Sums over all examples, by the parameter's name; `[e, …]` of experts.
+
+    Attributes:
+        inputs: Σ x xᵀ.
+        rows: how many.
+        outputs: Σ g gᵀ.
+        axes: along which the inputs run.
+        together: which parameters were given the very same tensors.
+        lookups: how often each row of a table was looked up.
+    """
+
+    inputs: Factors = field(default_factory=dict)
+    rows: Factors = field(default_factory=dict)
+    outputs: Factors = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
+    given: dict[str, list[object]] = field(default_factory=dict)
+    lookups: Factors = field(default_factory=dict)
+
+    def together(self) -> set[frozenset[str]]:
+        """Return which parameters were always given the very same tensors."""
+        found: dict[tuple, set[str]] = {}
+        for name, given in self.given.items():
+            found.setdefault(tuple(given), set()).add(name)
+        return {frozenset(names) for names in found.values()}
+
+
+class Watch(TorchFunctionMode):
+    """Collects all uses of a model's matrices inside the block."""
+
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.seen = seen
+        self.uses: list[Use] = []
+        self.looked_up: list[tuple[str, Tensor]] = []
+        self._of = {p.untyped_storage().data_ptr(): (n, p) for n, p in model.named_parameters()}
+        self._kept: list[Tensor] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         y = function(*args, **(kwargs or {}))
-        if function is nn.functional.linear:
-            self.seen(args[1], args[0], y)
+        if function in _CASTS and (found := self._parameter(args[0])) and y.shape == args[0].shape:
+            self._kept.append(y)
+            self._of[y.untyped_storage().data_ptr()] = found
+        elif function is nn.functional.linear:
+            self._add(args[0], args[1].mT, y)
+        elif function is nn.functional.embedding:
+            if found := self._parameter(args[1]):
+                self.looked_up.append((found[0], args[0]))
+        elif function is torch.addmm:
+            self._add(args[1], args[2], y)
+        elif function in _PRODUCTS:
+            self._add(args[0], args[1], y)
         return y
 
+    def _parameter(self, x: Any) -> tuple[str, nn.Parameter] | None:
+        return self._of.get(x.untyped_storage().data_ptr()) if isinstance(x, Tensor) else None
 
-@contextmanager
-def watched(model: nn.Module, seen: Callable[[str, int | None, Tensor, Tensor], None]):
-    """Call `seen(weight's name, expert or None, input rows, output)` for every linear map."""
-    places = {}
-    for name, p in model.named_parameters():
-        for expert, matrix in enumerate(p if p.dim() == 3 else [p]):
-            places[matrix.data_ptr()] = name, expert if p.dim() == 3 else None
-
-    def linear(weight: Tensor, x: Tensor, y: Tensor) -> None:
-        if weight.data_ptr() in places:
-            seen(*places[weight.data_ptr()], x, y)
-
-    def conv1d(module: nn.Module, args: tuple, y: Tensor) -> None:
-        seen(*places[module.weight.data_ptr()], args[0], y)
-
-    hooks = [m.register_forward_hook(conv1d) for m in model.modules() if type(m) is Conv1D]
-    try:
-        with _Watch(linear):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _add(self, rows: Tensor, matrix: Tensor, y: Tensor) -> None:
+        found = self._parameter(matrix)
+        if found is None or matrix.dim() < 2:
+            return
+        name, parameter = found
+        axis = next(a for a in (-1, -2) if parameter.stride(a) == matrix.stride(-2))
+        if matrix.dim() == 3:
+            for expert, (x, of_expert) in enumerate(zip(rows, y, strict=True)):
+                self.uses.append(Use(name, expert, axis, x, of_expert, True))
+            return
+        offset = matrix.storage_offset() - parameter.storage_offset()
+        expert = offset // parameter.stride(0) if parameter.dim() == 3 else None
+        self.uses.append(Use(name, expert, axis, rows, y))
 
 
 def measure(
     model: nn.Module,
     examples: Sequence[Example],
-    outcomes: Callable[[Tensor, Example], list[tuple[float, Tensor]]],
-) -> tuple[Factors, dict[str, Tensor], Factors]:
-    """Return Σ x xᵀ, the number of rows, and Σ g gᵀ of every linear map, by weight.
+    outcomes: Callable[[Tensor, Batch], list[tuple[float, Tensor]]],
+) -> Measured:
+    """Return the factors of all linear maps.
 
     Args:
-        model: in float64.
+        model: in float64, its parameters requiring gradients.
         outcomes: of an example's logits: (probability, log p(y|x)) of every outcome that counts.
     """
-    inputs: Factors = {}
-    rows: dict[str, Tensor] = {}
-    outputs: Factors = {}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    found = Measured()
 
-    def add(into: Factors, name: str, expert: int | None, value: Tensor) -> None:
-        shape = dict(model.named_parameters())[name].shape
-        if expert is None:
-            into[name] = into.get(name, 0) + value
+    def add(into: Factors, use: Use, value: Tensor) -> None:
+        if use.expert is None:
+            into[use.name] = into.get(use.name, 0) + value
             return
-        into.setdefault(name, torch.zeros(shape[0], *value.shape, dtype=torch.float64))
-        into[name][expert] += value
-
-    taps: list[tuple[str, int | None, Tensor]] = []
-
-    def seen(name: str, expert: int | None, x: Tensor, y: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1])
-        add(inputs, name, expert, flat.mT @ flat)
-        add(rows, name, expert, torch.tensor(float(len(flat)), dtype=torch.float64))
-        taps.append((name, expert, y))
+        experts = shapes[use.name][0]
+        into.setdefault(use.name, torch.zeros(experts, *value.shape, dtype=torch.float64))
+        into[use.name][use.expert] += value
 
     for example in examples:
-        taps.clear()
-        with watched(model, seen):
-            mask = torch.ones_like(example.inputs["input_ids"])
-            logits = model(**example.inputs, attention_mask=mask).logits
-        for probability, log_p in outcomes(logits, example):
-            gradients = torch.autograd.grad(
-                log_p, [y for *_, y in taps], retain_graph=True, allow_unused=True
-            )
-            for (name, expert, y), g in zip(taps, gradients, strict=True):
-                flat = torch.zeros_like(y) if g is None else g
-                flat = flat.reshape(-1, y.shape[-1])
-                add(outputs, name, expert, probability * (flat.mT @ flat))
-    return inputs, rows, outputs
+        batch = collate([example], 0).to("cpu", torch.float64)
+        with Watch(model) as watch:
+            logits = model(**batch.inputs).logits
+        for use in watch.uses:
+            rows = _unpadded(use, batch)
+            add(found.inputs, use, rows.mT @ rows)
+            add(found.rows, use, torch.tensor(float(len(rows)), dtype=torch.float64))
+            assert found.axes.setdefault(use.name, use.axis) == use.axis
+            given = found.given.setdefault(use.name, [])
+            given.append((example.number, use.expert, use.rows.data_ptr(), use.rows.shape))
+        for name, ids in watch.looked_up:
+            ids = _of_tokens(ids.expand(batch.rows, -1) if batch.rows > 1 else ids, batch)
+            counts = torch.bincount(ids.reshape(-1), minlength=shapes[name][0]).double()
+            found.lookups[name] = found.lookups.get(name, 0) + counts
+        for use in watch.uses:
+            add(found.outputs, use, torch.zeros(use.y.shape[-1], use.y.shape[-1]).double())
+        for probability, log_p in outcomes(logits, batch):
+            ys = [use.y for use in watch.uses]
+            gradients = torch.autograd.grad(log_p, ys, retain_graph=True, allow_unused=True)
+            for use, g in zip(watch.uses, gradients, strict=True):
+                if g is not None:
+                    flat = g.reshape(-1, g.shape[-1]).double()
+                    add(found.outputs, use, probability * (flat.mT @ flat))
+    return found
 
 
-def classes(logits: Tensor, example: Example) -> list[tuple[float, Tensor]]:
+def _of_tokens(x: Tensor, batch: Batch) -> Tensor:
+    """Leave out the padding that an example has by itself, as the shorter of two choices."""
+    mask = batch.inputs.get("attention_mask")
+    flat = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+    return flat if mask is None or mask.numel() != len(flat) else flat[mask.reshape(-1) != 0]
+
+
+def _unpadded(use: Use, batch: Batch) -> Tensor:
+    rows = _of_tokens(use.rows.detach(), batch).double()
+    # What an expert gets in a product of batches is zero where it is another's.
+    return rows[rows.any(1)] if use.is_batched else rows
+
+
+def classes(logits: Tensor, batch: Batch) -> list[tuple[float, Tensor]]:
     """Every class of a classifier."""
     log_p = logits[0].log_softmax(-1)
-    return [(float(x.exp()), x) for x in log_p]
+    return [(float(x.detach().exp()), x) for x in log_p]
 
 
-def next_tokens_given(outcomes: dict[int, Tensor]):
-    """One drawn text for each example: its tokens, `[t]` by the example's number."""
+def nothing(logits: Tensor, batch: Batch) -> list[tuple[float, Tensor]]:
+    """Nobody is asked what is predicted."""
+    return []
 
-    def given(logits: Tensor, example: Example) -> list[tuple[float, Tensor]]:
+
+def drawn_by(likelihood: Any, seed: int = 0):
+    """What the package draws for each example, given the logits of float64."""
+
+    def outcomes(logits: Tensor, batch: Batch) -> list[tuple[float, Tensor]]:
         log_p = logits[0].log_softmax(-1)
-        y = outcomes[example.number]
-        at = torch.arange(len(y))
-        return [(1.0, (log_p[at, y] * example.scored).sum())]
+        outcome = likelihood.sample(logits.detach(), batch, seed)[0]
+        scored = batch.scored[0].nonzero().flatten()
+        return [(1.0, log_p[scored, outcome[scored]].sum())]
 
-    return given
+    return outcomes

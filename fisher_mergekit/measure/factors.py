@@ -14,10 +14,10 @@ Sums are in float32. Of a symmetric matrix only the upper triangle is summed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, cast
 from weakref import ref
 
 import torch
@@ -32,17 +32,42 @@ WIDEST = 16_384
 """Outputs up to which their factor is a matrix (1 GiB); of more, it is the diagonal."""
 
 
+ONCE = "once"
+"""A reading: one row that is no example's own is not repeated for each of them."""
+
+Reading: TypeAlias = str | None
+"""What says which tokens the rows of a call are: a mask's name, `ONCE`, or None: all are."""
+
+
 class Unaligned(Exception):
     """A pass looks otherwise than the one by which rows were read, or inputs shared.
 
     Args:
         reason: for the user.
         is_shared: it is only that layers do not share their inputs.
+        is_unclear: it is only that readings differ that were the same when they were verified.
     """
 
-    def __init__(self, reason: str, *, is_shared: bool = False):
+    def __init__(self, reason: str, *, is_shared: bool = False, is_unclear: bool = False):
         super().__init__(reason)
         self.is_shared = is_shared
+        self.is_unclear = is_unclear
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """A tensor that a layer was given, which is not kept."""
+
+    tensor: ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Given:
+        return cls(ref(x), x._version)
+
+    def is_still(self, x: Tensor) -> bool:
+        """Return whether it is that very tensor, and nothing was written into it since."""
+        return self.tensor() is x and self.version == x._version
 
 
 @dataclass(eq=False)
@@ -51,7 +76,8 @@ class Group:
 
     Attributes:
         use: of the first one.
-        readings: for each call, what may tell which tokens its rows are (None: all are).
+        readings: for each call, what may tell which tokens its rows are. Those that say the same
+            of the pass that was traced stand together.
         choice: which of them does.
         total: Σ x xᵀ, `[i, i]`; `[e, i, i]` of experts; of lookups the diagonal, `[v]`.
         rows: how many rows were summed; `[e]` of experts.
@@ -60,17 +86,29 @@ class Group:
 
     leader: nn.Parameter
     use: Use
-    readings: list[list[str | None]] = field(default_factory=list)
+    readings: list[list[tuple[Reading, ...]]] = field(default_factory=list)
     choice: int = 0
     total: Tensor | None = None
     rows: Tensor | None = None
-    given: list[ref[Tensor]] = field(default_factory=list)
+    given: list[_Given] = field(default_factory=list)
 
-    def reading(self, call: int) -> str | None:
-        """Return which mask says which tokens the rows of a call are."""
+    def reading(self, call: int) -> tuple[Reading, ...]:
+        """Return what says which tokens the rows of a call are."""
         if call >= len(self.readings):
             raise Unaligned("a layer is called more often than before")
         return self.readings[call][min(self.choice, len(self.readings[call]) - 1)]
+
+    @property
+    def is_once(self) -> bool:
+        """Whether a row that is no example's own is counted once."""
+        return any(self.reading(call) == (ONCE,) for call in range(len(self.readings)))
+
+    def stop_repeating(self) -> bool:
+        """Count a row that is no example's own once; return whether that is another reading."""
+        was, last = self.choice, max(map(len, self.readings)) - 1
+        if any(readings[-1] == (ONCE,) for readings in self.readings):
+            self.choice = last
+        return self.choice != was
 
     def next_reading(self) -> bool:
         """Read rows in the next possible way; return whether there is one."""
@@ -85,8 +123,8 @@ class _Call:
     parameter: nn.Parameter
     use: Use
     number: int
-    readings: list[str | None]
-    given: ref[Tensor]
+    readings: list[tuple[Reading, ...]]
+    given: _Given
 
 
 class Factors:
@@ -127,12 +165,22 @@ class Factors:
         for group in self.groups.values():
             group.total = group.rows = None
 
-    def drop(self, parameter: nn.Parameter) -> None:
-        """Describe a weight no longer."""
-        self.parameters = {p: name for p, name in self.parameters.items() if p is not parameter}
-        self.outputs.pop(parameter, None)
-        group = self.groups.pop(parameter, None)
-        if group is not None and group.leader is parameter:
+    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Describe some weights no longer.
+
+        Raises:
+            Unaligned: others would have had their sums.
+        """
+        dropped = set(parameters)
+        self.parameters = {p: n for p, n in self.parameters.items() if p not in dropped}
+        leaders = set()
+        for parameter in dropped:
+            self.outputs.pop(parameter, None)
+            self.uses.pop(parameter, None)
+            group = self.groups.pop(parameter, None)
+            if group is not None and group.leader is parameter:
+                leaders.add(group)
+        if leaders.intersection(self.groups.values()):
             raise Unaligned("a layer is called in a way that is not covered", is_shared=True)
 
     def separate(self) -> None:
@@ -168,6 +216,7 @@ class Factors:
         finally:
             self._trace = None
         self.groups.clear()
+        trace = [call for call in trace if call.parameter in self.parameters]
         matrices = {call.parameter for call in trace if not call.use.is_lookup}
         calls: dict[nn.Parameter, list[_Call]] = {}
         for call in trace:
@@ -203,9 +252,33 @@ class Factors:
             if self._trace is None:
                 self._see(parameter, x, given)
                 continue
-            readings = [n for n, mask in self._masks.items() if mask.numel() == x.count]
-            number = next((c.number for c in self._trace if c.given() is given), len(self._trace))
-            self._trace.append(_Call(parameter, x.use, number, [*readings, None], ref(given)))
+            same = (c.number for c in self._trace if c.given.is_still(given))
+            number = next(same, len(self._trace))
+            readings = self._readings(x, given)
+            self._trace.append(_Call(parameter, x.use, number, readings, _Given.of(given)))
+
+    def _readings(self, inputs: Inputs, given: Tensor) -> list[tuple[Reading, ...]]:
+        """Return all that may tell which tokens the rows are, the likeliest first."""
+        found: list[list[Reading]] = []
+        for reading in (*self._masks, None):
+            mask = self._mask(reading, inputs)
+            if mask is None:
+                continue
+            same = (r for r in found if torch.equal(cast(Tensor, self._mask(r[0], inputs)), mask))
+            together = next(same, None)
+            if together is None:
+                found.append([reading])
+            else:
+                together.append(reading)
+        is_repeated = inputs.use.offsets is None and len(given) < len(inputs.x)
+        return [tuple(readings) for readings in found] + [(ONCE,)] * is_repeated
+
+    def _mask(self, reading: Reading, inputs: Inputs) -> Tensor | None:
+        """Return which rows a reading lets through; None if it does not fit."""
+        if reading is None:
+            return torch.ones(inputs.count, dtype=torch.bool, device=inputs.x.device)
+        mask = self._masks.get(reading)
+        return mask if mask is not None and mask.numel() == inputs.count else None
 
     @torch.no_grad()
     def _see(self, parameter: nn.Parameter, inputs: Inputs, given: Tensor) -> None:
@@ -220,22 +293,28 @@ class Factors:
         call = self._seen[parameter]
         self._seen[parameter] += 1
         if parameter is not group.leader:
-            if call >= len(group.given) or group.given[call]() is not given:
+            if call >= len(group.given) or not group.given[call].is_still(given):
                 raise Unaligned("layers get different inputs that got the same", is_shared=True)
             return
-        group.given.append(ref(given))
+        group.given.append(_Given.of(given))
         if call >= self._summed[parameter]:
             self._summed[parameter] += 1
             self._add(group, inputs if self.is_alone else self._unpadded(group, call, inputs))
 
     def _unpadded(self, group: Group, call: int, inputs: Inputs) -> Inputs:
-        reading = group.reading(call)
-        if reading is None:
-            return inputs
-        mask = self._masks.get(reading)
-        if mask is None or mask.numel() != inputs.count:
+        first, *others = group.reading(call)
+        if first is ONCE:
+            return replace(inputs, x=inputs.x[:1])
+        mask = self._mask(first, inputs)
+        for other in others:
+            again = self._mask(other, inputs)
+            if (mask is None) != (again is None) or (
+                mask is not None and again is not None and not torch.equal(mask, again)
+            ):
+                raise Unaligned("which rows are padding is unclear", is_unclear=True)
+        if mask is None:
             raise Unaligned("a layer gets other rows than before")
-        return inputs if mask.all() else inputs.without(mask)
+        return inputs if first is None or mask.all() else inputs.without(mask)
 
     def _add(self, group: Group, inputs: Inputs) -> None:
         x, use = inputs.x, inputs.use

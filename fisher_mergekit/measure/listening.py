@@ -31,6 +31,9 @@ from fisher_mergekit.measure.tapped import Tapped, TappedLayer
 
 LOG = logging.getLogger(__name__)
 
+ROUNDINGS = 100
+"""How many roundings of the others' gradients a gradient of nothing else may be."""
+
 
 class Listening:
     """Runs a model's batches and hands what its linear layers get to the factors.
@@ -88,18 +91,19 @@ class Listening:
 
     def verify(self, examples: Sequence[Example]) -> None:
         """Find out who shares inputs, and how rows are read; see the top of this file."""
-        batch = self._passes.placed(collate(spread(examples, 3), self._passes.pad_token_id))
+        self.verify_on(collate(spread(examples, 3), self._passes.pad_token_id))
+
+    def verify_on(self, unplaced: Batch) -> None:
+        """Do so on a batch."""
+        batch = self._passes.placed(unplaced)
         if self.factors.has_outputs and self._passes.likelihood.is_causal:
             check_causal(self._passes.logits, batch, type(self._passes.model).__name__)
         self._compared.clear()
         self.factors.is_alone = False
         try:
             self._trace(batch)
-            while wrong := self._wrong(batch):
-                more = [group.next_reading() for group in wrong]
-                if not any(more):
-                    name = min(str(self.factors.parameters[group.leader]) for group in wrong)
-                    raise Unaligned(f"{name} does not get in a batch what it gets alone")
+            while not self._is_right(batch):
+                pass
         except (FisherMergekitError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a model is a program: asserts, missing inputs, …
@@ -113,6 +117,30 @@ class Listening:
             self._trace(batch.single(0))
         self.factors.clear()
 
+    def _is_right(self, batch: Batch) -> bool:
+        """Return whether rows are read rightly; if not, another reading has been chosen.
+
+        Raises:
+            Unaligned: there is none.
+        """
+        groups = set(self.factors.groups.values())
+        try:
+            wrong = self._wrong(batch)
+        except (RuntimeError, ValueError, IndexError) as error:
+            repeating = {group for group in groups if group.stop_repeating()}
+            if isinstance(error, torch.OutOfMemoryError) or not repeating:
+                raise
+            return False
+        hopeless = {group for group in wrong if not group.next_reading()}
+        names = sorted(str(self.factors.parameters[group.leader]) for group in hopeless)
+        if hopeless and all(group.use.is_lookup for group in hopeless):
+            # Which tokens are how far apart is no token's own row, and no linear layer's.
+            LOG.info("Not described: %s.", ", ".join(names))
+            self.factors.drop(p for p, g in self.factors.groups.items() if g in hopeless)
+        elif wrong and hopeless == wrong:
+            raise Unaligned(f"{names[0]} does not get in a batch what it gets alone")
+        return not wrong
+
     def _wrong(self, batch: Batch) -> set[Group]:
         """Return whose sums over a batch are others than those of its examples alone."""
         factors = self.factors
@@ -125,9 +153,16 @@ class Listening:
                 self._pass(batch.single(index))
         finally:
             factors.sign = 1.0
-        tolerance = TOLERANCE[next(self._passes.model.parameters()).dtype]
-        differences = factors.sizes()
-        differing = {p for (_, p), size in sizes.items() if differences[_, p] > tolerance * size}
+        dtype = next(self._passes.model.parameters()).dtype
+        largest = max((size for (role, _), size in sizes.items() if role == "outputs"), default=0.0)
+        # Gradients that are zero on paper (a router's of one expert) are nothing but rounding.
+        nothing = largest * (ROUNDINGS * torch.finfo(dtype).eps) ** 2
+        differing = {
+            parameter
+            for (role, parameter), difference in factors.sizes().items()
+            if difference > TOLERANCE[dtype] * sizes[role, parameter]
+            and (role == "inputs" or difference > nothing)
+        }
         miscounted = {g for g in factors.groups.values() if g.rows is None or g.rows.any()}
         return miscounted | {factors.groups[parameter] for parameter in differing}
 
@@ -204,25 +239,31 @@ class Listening:
             if isinstance(layer.rule, OneInput):
                 return self._one(site, layer.rule, [*args, *kwargs.values()])
             return layer.rule.call(site, *args, **kwargs)
-        except (NoExamples, Unfit) as error:
-            why = str(error) or "its input has no axis of examples"
+        except NoExamples as error:
             if not self.factors.is_alone:
-                raise Unaligned(f"{layer.name}: {why}") from error
-            LOG.warning("%s is not described: %s.", layer.name, why)
-            self.lost[layer.name] = why
-            for parameter in layer.parameters.values():
-                self.factors.drop(parameter)
-            return layer.forward(*args, **kwargs)
+                raise Unaligned(f"{layer.name}'s input has no axis of examples") from error
+            why = "its input has no axis of examples"
+        except Unfit as error:
+            why = str(error)
+        LOG.warning("%s is not described: %s.", layer.name, why)
+        self.lost[layer.name] = why
+        self.factors.drop(layer.parameters.values())
+        return layer.forward(*args, **kwargs)
 
     def _one(self, site: Site, rule: OneInput, tensors: Sequence[Any]) -> Any:
         """Run a layer of one input plainly: where its examples are does not matter here."""
         if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
             raise Unfit("it is called with more than one tensor")
-        x = site.spread(tensors[0]) if tensors[0].dim() else tensors[0]
+        given = tensors[0]
+        x = site.spread(given) if given.dim() else given
         inputs = rule.inputs(site.module, x)
-        self.see(site, inputs, tensors[0])
-        y = site.forward(x)
-        if torch.is_grad_enabled() and inputs:
+        self.see(site, inputs, given)
+        has_gradient = torch.is_grad_enabled() and bool(inputs)
+        # One row for all examples is repeated for them only where each gets a gradient of its own.
+        groups = [self.factors.groups.get(parameter) for parameter in site.parameters.values()]
+        is_once = any(group is not None and group.is_once for group in groups)
+        y = site.forward(x if has_gradient and not is_once else given)
+        if has_gradient:
             # Not even an embedding's output requires a gradient by itself: no parameter does.
             y = y if y.requires_grad else y.detach().requires_grad_()
             uses = {name: given.use for name, given in inputs.items()}

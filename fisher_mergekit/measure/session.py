@@ -156,7 +156,7 @@ class Session(Passes):
             except Unaligned as error:
                 self._clear()
                 advance(-done)
-                self._fall_back(error)
+                self._fall_back(error, unplaced)
                 return self._add_all(examples, limit, advance)
             except FisherMergekitError:
                 raise
@@ -167,15 +167,18 @@ class Session(Passes):
             done += len(batch)
         return None
 
-    def _fall_back(self, error: Unaligned) -> None:
+    def _fall_back(self, error: Unaligned, batch: Batch) -> None:
         """Measure factors in the next slower way; their own passes come first."""
-        if not self._have_own_passes and self._taps.totals:
+        if error.is_unclear and self._listening is not None:
+            self._listening.verify_on(batch)
+        elif not self._have_own_passes and self._taps.totals:
             self._have_own_passes = True
         elif self._listening is not None:
             self._listening.fall_back(error)
 
     def verify(self, examples: Sequence[Example]) -> None:
         """Find out which rules hold; see `Verification.run` and `Listening.verify`."""
+        self._taps.factors = Factors({})
         if self._taps.totals:
             self._verification.run(examples)
         if self._listening is not None:
@@ -189,6 +192,8 @@ class Session(Passes):
         """
         if self.factors is None or self.factors.is_alone or self._have_own_passes:
             return False
+        if any(group.is_once for group in self.factors.groups.values()):
+            return False  # taps always repeat such a row
         return self._taps.has_rules_for(self.factors.groups)
 
     def _add_batch(self, batch: Batch) -> None:

@@ -29,9 +29,10 @@ def examples_of(folder, *names):
 
 def bert_oracle(folder):
     model = AutoModelForSequenceClassification.from_pretrained(folder).double()
-    return factor_oracle.measure(
+    found = factor_oracle.measure(
         model, examples_of(folder, "token_type_ids"), factor_oracle.classes
     )
+    return found.inputs, found.rows, found.outputs
 
 
 def close(found, expected, tolerance=1e-5):
@@ -105,7 +106,8 @@ def test_each_expert_has_its_own_factors_by_its_names_on_disk(tmp_path, data):
     succeed(*flags(folder, data, "--kind", "gram,kfac"))
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     model.set_experts_implementation("eager")
-    inputs, rows, _ = factor_oracle.measure(model, examples_of(folder), lambda logits, example: [])
+    found = factor_oracle.measure(model, examples_of(folder), factor_oracle.nothing)
+    inputs, rows = found.inputs, found.rows
     gram, kfac = Sidecar(folder / "sidecar", "gram"), Sidecar(folder / "sidecar", "kfac")
     stored = read(folder)
     for expert in range(model.config.num_local_experts):
@@ -132,12 +134,9 @@ def test_conv1d_and_a_tied_head(tmp_path, data):
     factors = gram.measurement.factors
     weights = read(folder)
     assert factors["transformer.h.0.mlp.c_fc.weight"].input_axis == -2
-    inputs, _, _ = factor_oracle.measure(
-        AutoModelForCausalLM.from_pretrained(folder).double(),
-        examples_of(folder),
-        lambda logits, example: [],
-    )
-    for name, moment in inputs.items():
+    double = AutoModelForCausalLM.from_pretrained(folder).double()
+    found = factor_oracle.measure(double, examples_of(folder), factor_oracle.nothing)
+    for name, moment in found.inputs.items():
         assert name in weights
         close(gram.load(gram.stored(name)[0]), moment / len(ROWS))
     assert factors["transformer.wte.weight"].input_axis == -1

@@ -13,17 +13,17 @@ from fisher_mergekit.measure.layers.base import OneInput, tokens
 
 
 class Linear(OneInput):
-    """`torch.nn.Linear`, and subclasses in the hope that they compute the same."""
+    """`torch.nn.Linear`; of subclasses, those that compute as it does."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
     def described(self, module: nn.Module) -> Collection[str]:
-        return ("weight",) if type(module).forward is nn.Linear.forward else ()
+        return ("weight",)
 
     def inputs(self, module: Any, x: Tensor) -> dict[str, Inputs]:
-        return {"weight": Inputs(x)} if self.described(module) else {}
+        return {"weight": Inputs(x)}
 
     def backward(
         self, module: Any, x: Tensor, gradient: Tensor
