@@ -14,7 +14,7 @@ from oracles import assert_same_fishers
 from torch import nn
 
 from fisher_mergekit.errors import MeasureError
-from fisher_mergekit.measure import limits, taps
+from fisher_mergekit.measure import limits, squares
 from fisher_mergekit.measure.batches import batches
 from fisher_mergekit.measure.layers import local
 from fisher_mergekit.measure.limits import GPU_TOKENS, Limit
@@ -69,7 +69,7 @@ class Device:
         self.examples, self.adding, self.failures = examples, adding, 0
         self.logits: list[weakref.ref] = []
         self.count = 0
-        add_squares = taps.add_squares
+        add_squares = squares.add_squares
 
         def add(total, contributions):
             self.count += 1
@@ -77,7 +77,7 @@ class Device:
                 self.fail()
             add_squares(total, contributions)
 
-        monkeypatch.setattr(taps, "add_squares", add)
+        monkeypatch.setattr(squares, "add_squares", add)
 
     def fail(self):
         self.failures += 1

@@ -486,7 +486,7 @@ class Twice(nn.Linear):
     """What a rule cannot know of a subclass: its gradients are twice what the rule finds."""
 
     def forward(self, x):
-        return 2 * super().forward(x)
+        return super().forward(x) + nn.functional.linear(x, 1 * self.weight, 1 * self.bias)
 
 
 class Faint(Odd):
