@@ -10,7 +10,7 @@ module reads all of it, and refuses what mergekit would drop in silence: unknown
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.config import ConditionalParameter, MergeConfiguration
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fisher_mergekit.errors import RecipeError, nearest
@@ -209,14 +209,41 @@ def read_recipe(path: Path) -> Recipe:
                 f"got {sidecar!r}."
             )
         models.append(RecipeModel(reference, calibration, Path(sidecar) if sidecar else None))
+    if base := _prior(config, content, [model.reference for model in models], where=str(path)):
+        models.append(base)
     return Recipe(path, config.merge_method, kinds_of(config), tuple(models))
 
 
 def kinds_of(config: MergeConfiguration) -> tuple[str, ...]:
     """Return the kinds that a recipe's merge reads: its method's, and what `others` names."""
-    others = (config.parameters or {}).get("others")
-    named = others if others in get_args(Kind) else METHODS[config.merge_method].kind
-    return tuple(dict.fromkeys([METHODS[config.merge_method].kind, str(named)]))
+    own = METHODS[config.merge_method].kind
+    named = _values((config.parameters or {}).get("others"))
+    return tuple(dict.fromkeys([own, *(word for word in named if word in get_args(Kind))]))
+
+
+def _prior(
+    config: MergeConfiguration,
+    content: Mapping[str, Any],
+    listed: Sequence[ModelReference],
+    *,
+    where: str,
+) -> RecipeModel | None:
+    """Return base_model, if its Fisher is a prior and it is none of the models."""
+    given = config.parameters or {}
+    base, sidecar = config.base_model, given.get("prior_sidecar")
+    if base is None or base in listed or not any(_values(given.get("prior"))):
+        return None
+    calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
+    return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)
+
+
+def _values(setting: Any) -> list[Any]:
+    """Return all values that a setting has: its own, or those of its filters and gradients."""
+    if isinstance(setting, list):
+        return [value for part in setting for value in _values(part)]
+    if isinstance(setting, Mapping):
+        return _values(setting.get("value"))
+    return _values(setting.value) if isinstance(setting, ConditionalParameter) else [setting]
 
 
 def _misplaced(content: Mapping[str, Any]) -> list[str]:

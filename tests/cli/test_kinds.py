@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import factor_oracle
 import pytest
 import tiny
@@ -85,8 +87,10 @@ def test_only_the_kinds_that_are_missing_are_measured(bert, data):
         ("regmean", {}, {"gram"}),
         ("regmean", {"others": "fisher"}, {"gram", "fisher"}),
         ("mats", {}, {"kfac"}),
+        ("mats", {"others": [{"filter": "norm", "value": "fisher"}, {"value": "mean"}]},
+         {"kfac", "fisher"}),
     ],
-)
+)  # fmt: skip
 def test_a_recipe_measures_what_its_merge_reads(bert, data, tmp_path, method, parameters, kinds):
     calibration = {"path": str(data), "text": "text"}
     path = write_recipe(
@@ -94,6 +98,22 @@ def test_a_recipe_measures_what_its_merge_reads(bert, data, tmp_path, method, pa
     )
     succeed(path)
     assert {p.stem for p in (bert / "sidecar").glob("*.safetensors")} == kinds
+
+
+@pytest.mark.parametrize("prior", [True, [{"filter": "norm", "value": False}, {"value": True}]])
+def test_a_prior_is_measured_with_the_models(originals, bert, data, tmp_path, prior):
+    base = shutil.copytree(originals["other"], tmp_path / "base")
+    said = succeed(
+        write_recipe(
+            tmp_path,
+            bert,
+            calibration={"path": str(data), "text": "text"},
+            base_model=str(base),
+            parameters={"prior": prior, "prior_sidecar": str(tmp_path / "prior")},
+        )
+    )
+    assert "Measured 2 of 2 models" in said
+    assert Sidecar(tmp_path / "prior", "fisher").header.model.reference == str(base)
 
 
 def test_an_unknown_kind_is_refused(bert, data):
