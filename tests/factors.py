@@ -23,7 +23,7 @@ from fisher_mergekit.sidecar.writer import describe, write_sidecar
 
 EMBEDDINGS = ("embed", "wte", "wpe")
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj",
-          "key": "query", "value": "query"}  # fmt: skip
+          "key": "query", "value": "query", "w3": "w1"}  # fmt: skip
 """Layers that get the same inputs as another one."""
 
 

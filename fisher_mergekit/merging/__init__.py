@@ -10,6 +10,7 @@
     exclude.py    which tensors the recipe keeps out, and which it should
     sidecars.py   the models' sidecars: found, opened, checked
     priors.py     base_model's own Fisher, where it is a prior
+    pieces.py     what is put together while loading, as it is in the files
     ways.py       by which kind each tensor is merged, and the kinds' scales
     build.py      from ways to tasks; layers that share their inputs
     tasks.py      mergekit graph tasks: load a theta, load a precision, merge, copy

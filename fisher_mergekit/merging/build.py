@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
@@ -14,6 +12,7 @@ from mergekit.options import MergeOptions
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source
 from fisher_mergekit.merging.tasks import (
+    ConvertTask,
     CopyTask,
     LoadPrecision,
     LoadTheta,
@@ -21,7 +20,7 @@ from fisher_mergekit.merging.tasks import (
     Options,
     SharedTask,
 )
-from fisher_mergekit.merging.ways import Way, factors_of
+from fisher_mergekit.merging.ways import Decision, Way, factors_of
 from fisher_mergekit.precision import kind_for
 from fisher_mergekit.precision.prior import with_base
 from fisher_mergekit.sidecar.reader import Sidecar
@@ -31,45 +30,45 @@ class Builder:
     """Builds the tasks of one merge.
 
     Args:
-        ways: how each merged tensor is merged, by its name.
-        resolved: the settings of each.
-        scales: each precision's root mean square over everything that is merged by its kind.
+        decision: how everything is merged.
         config: the recipe.
         options: mergekit's.
     """
 
-    def __init__(
-        self,
-        ways: Mapping[str, Way],
-        resolved: Mapping[str, TensorSettings],
-        scales: Mapping[tuple[ModelReference, str], float],
-        config: MergeConfiguration,
-        options: MergeOptions,
-    ):
-        self._ways = ways
-        self._resolved = resolved
-        self._scales = scales
+    def __init__(self, decision: Decision, config: MergeConfiguration, options: MergeOptions):
+        self._decision = decision
         self._config = config
         self._device = options.device if options.read_to_gpu else None
         # Layers that share their inputs are merged together, under the first one's name.
         self._first: dict[object, str] = {}
-        for name, way in ways.items():
+        for name, way in decision.ways.items():
             key = _inputs_of(way)
             if key is not None:
                 self._first[key] = min(name, self._first.get(key, name))
 
     def task(self, slot: Slot) -> Task[Any]:
         """Return the task that makes one output tensor."""
-        # Cast once: to what is written, not to what mergekit would have computed in.
-        dtype = slot.weight.force_dtype or self._config.out_dtype or self._config.dtype
-        way = self._ways.get(slot.name)
-        if way is None:
-            if not slot.is_floating:
-                dtype = slot.weight.force_dtype
-            return CopyTask(
-                name=slot.name, theta=self._theta(slot.sources[0], slot.name), dtype=dtype
+        if slot.name in self._decision.pieces:
+            first, pieces = slot.sources[0], self._decision.pieces[slot.name]
+            return ConvertTask(
+                name=slot.name,
+                model=first.model,
+                target=first.tensor.name,
+                pieces=tuple((s.sources[0].tensor.name, self._merge(s)) for s in pieces),
             )
-        values = self._resolved[slot.name]
+        if slot.name in self._decision.ways:
+            return self._merge(slot)
+        dtype = self._dtype(slot) if slot.is_floating else slot.weight.force_dtype
+        return CopyTask(name=slot.name, theta=self._theta(slot.sources[0], slot.name), dtype=dtype)
+
+    def _dtype(self, slot: Slot) -> str | None:
+        """Return what to cast to, once: what is written, not what mergekit would compute in."""
+        dtype: str | None = slot.weight.force_dtype or self._config.out_dtype or self._config.dtype
+        return dtype
+
+    def _merge(self, slot: Slot) -> MergeTask:
+        way = self._decision.ways[slot.name]
+        values = self._decision.settings[slot.name]
         lambdas = tuple(values.lambdas[i] for i in values.counting)
         if way.has_base:
             lambdas = with_base(lambdas)
@@ -99,7 +98,7 @@ class Builder:
             options=self._options(kind.system, way, values),
             shared=shared,
             input_axis=way.input_axis,
-            dtype=dtype,
+            dtype=self._dtype(slot),
             label=label,
         )
 
@@ -124,7 +123,7 @@ class Builder:
         """Return what a function of the kind takes, of all that the recipe and sidecars say."""
         known = {
             **values.options,
-            "scales": tuple(self._scales[key] for key in way.keys),
+            "scales": tuple(self._decision.scales[key] for key in way.keys),
             "normalize": values.options.get("normalize_fishers", True),
             "favor": values.counting.index(values.favored)
             if values.favored in values.counting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
@@ -15,10 +15,11 @@ from fisher_mergekit.errors import PlanningError, RecipeError
 from fisher_mergekit.merging import checks, exclude, priors, settings, sidecars, slots
 from fisher_mergekit.merging.build import Builder
 from fisher_mergekit.merging.files import Files
+from fisher_mergekit.merging.pieces import with_pieces
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.sidecars import Remedies
 from fisher_mergekit.merging.slots import Record, Slot, part_names
-from fisher_mergekit.merging.ways import PRIOR_KIND, Opened, Way, choose, kinds_needed, scales_of
+from fisher_mergekit.merging.ways import PRIOR_KIND, Decision, choose, kinds_needed, scales_of
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import exclude_patterns
 
@@ -69,9 +70,9 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
     problems += told
-    ways, opened, told = find_ways(merged, resolved, config, files, sliced=sliced)
+    decision, told = decide(merged, resolved, config, files, sliced=sliced)
     problems += told
-    for (model, kind), sidecar in opened.items() if not problems else ():
+    for (model, kind), sidecar in decision.opened.items() if not problems else ():
         if kind != method.kind:
             continue
         problems += checks.left_out(
@@ -97,23 +98,19 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
                 has_base=config.base_model is not None,
             ),
         )
-    builder = Builder(ways, resolved, scales_of(merged, ways, opened), config, options)
+    builder = Builder(decision, config, options)
     planner._tensors.extend((slot.weight, builder.task(slot)) for slot in outputs)
 
 
-def find_ways(
+def decide(
     merged: Sequence[Slot],
-    resolved: Mapping[str, TensorSettings],
+    resolved: dict[str, TensorSettings],
     config: MergeConfiguration,
     files: Files,
     *,
     sliced: bool,
-) -> tuple[dict[str, Way], Opened, list[str]]:
-    """Open the sidecars, and choose by which of them each tensor is merged.
-
-    Returns:
-        The ways by the output tensor's name, the sidecars, and what is wrong.
-    """
+) -> tuple[Decision, list[str]]:
+    """Open the sidecars, and choose by which of them each tensor is merged; say what is wrong."""
     method = METHODS[config.merge_method]
     given, problems = sidecars.given_paths(config)
     # `precompute` reads neither slices nor the several recipes of one mergekit-multi file.
@@ -145,9 +142,15 @@ def find_ways(
                 remedies.of_all,
             )
     if len(opened) < len(counting) * len(kinds) + bool(bases):
-        return {}, opened, problems
+        return Decision(opened=opened), problems
+    pieces: dict[str, tuple[Slot, ...]] = {}
+    if any(sidecar.measurement.factors for sidecar in opened.values()):
+        pieces = with_pieces(merged)
+        merged = [piece for slot in merged for piece in pieces.get(slot.name, (slot,))]
+        resolved |= {p.name: resolved[name] for name, made in pieces.items() for p in made}
     ways, told = choose(merged, resolved, method, opened, remedies, bases)
-    return ways, opened, [*problems, *told]
+    scales = {} if told else scales_of(merged, ways, opened)
+    return Decision(ways, resolved, scales, pieces, opened), [*problems, *told]
 
 
 def is_sliced(config: MergeConfiguration) -> bool:

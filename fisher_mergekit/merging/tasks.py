@@ -3,6 +3,7 @@
     LoadTheta × n ───────────────────┐
     LoadPrecision × n ───────────────┼── MergeTask ── (mergekit's SaveTensor or ReturnTensor)
         └ of inputs: SharedTask ─────┘
+    MergeTask × parts ── ConvertTask
     LoadTheta ── CopyTask
 
 Tasks that are equal are done once, so layers that share their inputs load and factorise them once.
@@ -265,6 +266,34 @@ class MergeTask(Task[torch.Tensor]):
         raise CheckpointError(
             f"the merged {self.name} does not fit into {dtype}; choose another `dtype:`."
         )
+
+
+class ConvertTask(Task[torch.Tensor]):
+    """Put an output tensor together from what is merged of the tensors in the files.
+
+    Attributes:
+        name: the output tensor's name.
+        model: the one whose files' layout the pieces have.
+        target: the tensor's name in that model's memory.
+        pieces: the merged tensors, by their names in its files.
+    """
+
+    name: str
+    model: ModelReference
+    target: str
+    pieces: tuple[tuple[str, MergeTask], ...]
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the tasks that merge the pieces."""
+        return dict(self.pieces)
+
+    def group_label(self) -> str:
+        """Return the output tensor's name."""
+        return self.name
+
+    def execute(self, **pieces: torch.Tensor) -> torch.Tensor:
+        """Return what transformers makes of them; it only moves numbers."""
+        return files.reopen(self.model).convert(self.target, pieces)
 
 
 class CopyTask(Task[torch.Tensor]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mergekit.common import ModelReference
 
@@ -53,6 +53,25 @@ class Way:
         """The axis along which a matrix gets its inputs; of factors all models have the same."""
         factors = self.sidecars and factors_of(self.sidecars[0], self.sources[0])
         return factors.input_axis if factors else -1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How everything is merged.
+
+    Attributes:
+        ways: by the tensor's name: the output's, or a piece's of it.
+        settings: likewise.
+        scales: each precision's root mean square over everything that is merged by its kind.
+        pieces: of outputs that are put together from merged pieces, those, by the output's name.
+        opened: the sidecars.
+    """
+
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    settings: Mapping[str, TensorSettings] = field(default_factory=dict)
+    scales: Mapping[tuple[ModelReference, str], float] = field(default_factory=dict)
+    pieces: Mapping[str, Sequence[Slot]] = field(default_factory=dict)
+    opened: Opened = field(default_factory=dict)
 
 
 def kinds_needed(method: Method, resolved: Mapping[str, TensorSettings]) -> list[str]:
@@ -130,11 +149,12 @@ def choose(
     if converted:
         names = list(converted)
         first = next(s for s in converted[names[0]].sources if s.is_made)
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
         problems.append(
-            f"transformers converts {names[0]} of {first.model} while loading"
-            f"{f', and {len(names) - 1} more' if len(names) > 1 else ''}, and the {method.kind} of "
-            "its inputs cannot follow yet. Save the models again with one version of "
-            "transformers, or keep it out with `exclude:`."
+            f"transformers converts {names[0]} of {first.model} while loading{more}, and the "
+            f"models' files hold it in different layouts, in which no {method.kind} fits the "
+            "other. Save the models again with one version of transformers, or keep it out with "
+            "`exclude:`."
         )
     return ways, problems
 

@@ -74,6 +74,7 @@ class Elementwise:
     models: Sequence[int]
     weight: Callable[[int, torch.dtype], Weight]
     dtype: torch.dtype | None = None
+    rows_apart: bool = False
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
         """Return Wᵢ x of one model."""

@@ -25,6 +25,7 @@ class System(Protocol):
     Attributes:
         models: indices of the models that are in it.
         dtype: what it computes in; None leaves that to the thetas.
+        rows_apart: whether each row of a matrix has the same equation of its own.
     """
 
     @property
@@ -32,6 +33,9 @@ class System(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None: ...  # noqa: D102
+
+    @property
+    def rows_apart(self) -> bool: ...  # noqa: D102
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
         """Return λᵢ Cᵢ x of one model, a new tensor."""
@@ -45,6 +49,10 @@ class System(Protocol):
             name: the tensor's, for the log.
         """
         ...
+
+
+BLOCK = 1 << 24
+"""Elements of the rows that are solved at once, where they can be: float64 is wide."""
 
 
 def solve(
@@ -64,8 +72,22 @@ def solve(
     lambdas = relative(lambdas)
     present = list(system.models)
     dtype = system.dtype or working_dtype(thetas[i] for i in present)
-    mean = weighted_mean([thetas[i] for i in present], [lambdas[i] for i in present], dtype=dtype)
-    right = torch.zeros_like(mean)
-    for i in present:
-        right += system.weigh(i, thetas[i].to(dtype) - mean)
-    return mean + system.solve(right, name)
+    weights = [lambdas[i] for i in present]
+
+    def solved(rows: slice) -> Tensor:
+        own = {i: thetas[i][..., rows, :] if system.rows_apart else thetas[i] for i in present}
+        mean = weighted_mean(list(own.values()), weights, dtype=dtype)
+        right = torch.zeros_like(mean)
+        for i, theta in own.items():
+            right += system.weigh(i, theta.to(dtype) - mean)
+        return mean.add_(system.solve(right, name))
+
+    first = thetas[present[0]]
+    if not system.rows_apart or first.numel() <= BLOCK:
+        return solved(slice(None))
+    result = torch.empty(first.shape, dtype=dtype, device=first.device)
+    height = max(1, BLOCK * first.shape[-2] // first.numel())
+    for start in range(0, first.shape[-2], height):
+        rows = slice(start, start + height)
+        result[..., rows, :] = solved(rows)
+    return result

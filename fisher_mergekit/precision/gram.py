@@ -55,6 +55,7 @@ class OneSided:
     offdiagonal: float
     inverse: Inverse
     dtype: torch.dtype = torch.float64
+    rows_apart: bool = True
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
         """Return λᵢ x Aᵢ of one model, x `[…, o, i]`."""

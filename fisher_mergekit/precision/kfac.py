@@ -64,6 +64,7 @@ class TwoSided:
     tolerance: float
     iterations: int
     dtype: torch.dtype = torch.float64
+    rows_apart: bool = False
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
         """Return tᵢ Bᵢ x Aᵢ of one model, x `[…, o, i]`."""

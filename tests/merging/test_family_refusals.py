@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from factors import make_described, mean
+from factors import Described, make_described, mean
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -281,11 +281,24 @@ def test_everything_at_once(pair, tmp_path):
     assert len(messages) == 5
 
 
-def test_experts_that_are_converted_while_loading(tmp_path):
-    pair = [make_described(tmp_path / n, "mixtral", seed=i) for i, n in enumerate("ab")]
-    message = problem(recipe(pair), tmp_path / "out")
+def test_experts_in_files_of_different_layouts(tmp_path):
+    """One model's files hold each expert for itself, the other's (a merge) hold them packed."""
+    a, b = (make_described(tmp_path / n, "mixtral", seed=i) for i, n in enumerate("ab"))
+    linear = recipe_of(b.folder, method="linear")
+    linear["models"][0]["parameters"] = {"weight": 1.0}
+    thetas = merged(linear, tmp_path / "packed")
+    packed = Described(tmp_path / "packed", "gram", thetas, {}, {})
+    for name in (n for n in thetas if ".experts." in n):
+        packed.factors[name] = Factors(inputs=f"{name}.inputs")
+        experts, _, inputs = thetas[name].shape
+        packed.stored[f"{name}.inputs"] = torch.eye(inputs).expand(experts, -1, -1).contiguous()
+    packed.write()
+    for name in [n for n in a.factors if "experts" not in n]:
+        a.stored.pop(a.factors.pop(name).inputs, None)
+    a.write()
+    message = problem(recipe([a, packed]), tmp_path / "out")
     assert message.startswith("transformers converts model.layers.0.mlp.experts.")
-    assert f"of {pair[0].folder} while loading, and 3 more, and the gram of its inputs" in message
+    assert f"of {a.folder} while loading, and 3 more, and the models' files hold it in" in message
     assert "Save the models again with one version of transformers" in message
-    content = recipe(pair, base_model=str(pair[0].folder), parameters={"exclude": "experts"})
+    content = recipe([a, packed], base_model=str(a.folder), parameters={"exclude": "experts"})
     assert merged(content, tmp_path / "out")

@@ -138,6 +138,17 @@ def test_one_factorisation_serves_layers_that_share_their_inputs(monkeypatch):
         torch.testing.assert_close(equation.solve(system, pair, [1.0, 2.0]), expected)
 
 
+@pytest.mark.parametrize("height", [1, 3, OUT])
+def test_large_layers_are_solved_some_rows_at_a_time(monkeypatch, height):
+    """The head of a language model in float64 would be as large as all the rest."""
+    thetas = [torch.randn(2, OUT, WIDTH, generator=torch.manual_seed(n)) for n in (1, 2)]
+    inputs = [torch.randn(2, 9, WIDTH, generator=torch.manual_seed(n)) for n in (3, 4)]
+    expected = solve("gram", thetas, grams(inputs), [1.0, 2.0])
+    monkeypatch.setattr(equation, "BLOCK", height * 2 * WIDTH)
+    found = solve("gram", thetas, grams(inputs), [1.0, 2.0])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("offdiagonal", [0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounded_grams_of_few_rows_stay_near_the_thetas(offdiagonal, dtype):
