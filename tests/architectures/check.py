@@ -3,6 +3,8 @@
     two tiny models, saved by transformers
     -> measured by the package
        == the per-example loop over all parameters, in float64
+       and the factors of its linear layers
+       == what its matrices multiply (`factors.py`)
     -> written, and read back under the names of the checkpoint files
     -> merged by mergekit-yaml
        == Σ λ F θ / Σ λ F by hand
@@ -30,7 +32,7 @@ import oracles
 import torch
 import transformers
 import yaml
-from architectures import zoo
+from architectures import factors, zoo
 from architectures.inputs import LENGTHS, example, save_tokenizer, write_data
 from click import Command
 from click.testing import CliRunner
@@ -69,12 +71,16 @@ class Report:
 
     Attributes:
         error: worst relative error of a measured tensor; None if nothing was measured.
+        factors: the same of the factors of linear layers, and what has none.
         loose: parameters measured one example at a time, and why.
+        alone: why factors were measured one example at a time, if they were.
         is_merged: whether a merge came out, right.
         refusal: why it is not measured, or not merged, in the package's own words.
     """
 
     error: float | None = None
+    factors: factors.Found | None = None
+    alone: str = ""
     loose: dict[str, str] = field(default_factory=dict)
     is_merged: bool = False
     refusal: str = ""
@@ -92,11 +98,16 @@ def check(architecture: str, folder: Path) -> Report:
     try:
         for seed, model in enumerate(models):
             zoo.save(architecture, model, seed)
-            with _noted() as report.loose:
-                examples = measure(architecture, model)
+            kinds = ("fisher",) if seed else ("fisher", "gram", "kfac")
+            with _noted(report):
+                examples = measure(architecture, model, kinds)
             fishers.append(sidecar_of(model))
             if seed == 0:
                 report.error = _compared(architecture, model, examples, fishers[0])
+                report.factors = factors.compare(load(architecture, model), model, examples)
+                assert report.factors.error <= TOLERANCE
+                measure(architecture, model, ("gram",), model / "alone")
+                factors.assert_same_alone(model, model / "alone")
         out = merged(folder, *models)
     except Refused as refused:
         report.refusal = str(refused)
@@ -106,8 +117,10 @@ def check(architecture: str, folder: Path) -> Report:
     return report
 
 
-def measure(architecture: str, folder: Path) -> list[Example]:
-    """Measure a model into its own folder; return the examples that it was measured on.
+def measure(
+    architecture: str, folder: Path, kinds: Sequence[str], out: Path | None = None
+) -> list[Example]:
+    """Measure a model, into its own folder or another; return the examples it was measured on.
 
     Raises:
         Refused: the package does not measure it.
@@ -119,16 +132,17 @@ def measure(architecture: str, folder: Path) -> list[Example]:
         revision=None,
         folder=folder,
         tokenizer=folder,
-        present=folder / "sidecar",
-        out=folder / "sidecar",
-        kinds=("fisher",),
+        present=out or folder / "sidecar",
+        out=out or folder / "sidecar",
+        kinds=tuple(kinds),
         calibration=Calibration.model_validate(flags),
     )
     if example(architecture, 0) is not None:
         prepared = _prepared(architecture, job)
         precompute(prepared)
         return prepared.examples
-    words = ["precompute", "--quiet", "--model", str(folder)]
+    words = ["precompute", "--quiet", "--model", str(folder), "--out", str(job.out)]
+    words += ["--kind", ",".join(kinds)]
     for key, values in flags.items():
         for value in values if isinstance(values, list) else [values]:
             words += [f"--{key.replace('_', '-')}", str(value)]
@@ -160,20 +174,21 @@ def _run(command: Command, words: Sequence[str]) -> None:
 
 
 @contextmanager
-def _noted() -> Iterator[dict[str, str]]:
-    """Note which parameters are said to be measured one example at a time, and why."""
-    found: dict[str, str] = {}
+def _noted(report: Report) -> Iterator[None]:
+    """Note what is said to be measured one example at a time, and why."""
 
     class Note(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "one example at a time" in str(record.msg):
+            if str(record.msg).startswith("Factors are measured one example at a time"):
+                (report.alone,) = map(str, record.args)
+            elif "one example at a time" in str(record.msg):
                 name, reason = record.args
-                found[str(name)] = str(reason)
+                report.loose[str(name)] = str(reason)
 
     logger, handler = logging.getLogger("fisher_mergekit.measure"), Note(logging.WARNING)
     logger.addHandler(handler)
     try:
-        yield found
+        yield
     finally:
         logger.removeHandler(handler)
 

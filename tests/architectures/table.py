@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,15 +34,20 @@ with every parameter random, were
 
 1. measured, and compared with plain autograd on one example at a time, for all parameters, in
    float64,
-2. written, and read back under the names of the checkpoint files, however transformers lays them
+2. measured for its factors of linear layers (`gram` and `kfac`, in the same pass; `gram` alone
+   gives the same), and compared, in float64, with what each matrix in the files multiplies, be it
+   a layer, an expert, a router or a part of a fused projection,
+3. written, and read back under the names of the checkpoint files, however transformers lays them
    out,
-3. merged by `mergekit-yaml`, and compared with Σ λ F θ / Σ λ F by hand,
-4. loaded by transformers again.
+4. merged by `mergekit-yaml`, and compared with Σ λ F θ / Σ λ F by hand,
+5. loaded by transformers again.
 
 *Measured* is the largest relative error of any tensor, up to the next power of ten; above 1e-5
 the tests fail. The models run in float32, whose own plain autograd is off by up to 5e-6. *One at
 a time* names the parameters that no fast rule covers: they are measured by plain autograd on
-single examples, as exactly, but slowly. What mergekit cannot merge, it cannot merge by its own
+single examples, as exactly, but slowly. *Factors* is the largest relative error of a factor; a
+remark says which matrices have none, and where a batch has to be one example. Tables of relative
+positions have none either. What mergekit cannot merge, it cannot merge by its own
 `linear` either.
 
 This page is what `python tests/architectures/table.py > docs/architectures.md` printed with
@@ -50,29 +55,39 @@ transformers {transformers}, mergekit {mergekit} and torch {torch}; a test holds
 
 """
 
-COLUMNS = ("mergekit's file", "class", "measured", "one at a time", "merged", "remark")
+COLUMNS = ("mergekit's file", "class", "measured", "one at a time", "factors", "merged", "remark")
 
 
 def row(entry: zoo.Entry, report: Report | None) -> tuple[str, ...]:
     """Return an architecture's row; `report` is None if transformers has no model of it."""
     first = (entry.file.removesuffix(".json") or "inferred", entry.architecture)
     if report is None:
-        return (*first, "–", "", "–", str(entry.absent))
+        return (*first, "–", "", "–", "–", str(entry.absent))
     if report.error is None:
-        return (*first, "no", "", "no", "no head, so no p(y\\|x): see the ones with a head")
+        return (*first, "no", "", "no", "no", "no head, so no p(y\\|x): see the ones with a head")
+    assert report.factors is not None
     remarks = [zoo.REMARKS.get(entry.architecture, "")]
+    if report.factors.undescribed:
+        remarks.append(f"no factors of {_short(report.factors.undescribed)}")
+    if report.alone:
+        remarks.append("`kfac` one example at a time")
     if not report.is_merged:
         remarks.append(zoo.UNMERGED[entry.architecture][0])
     return (
         *first,
-        f"1e{math.ceil(math.log10(report.error))}",
+        _digits(report.error),
         _short(report.loose),
+        _digits(report.factors.error),
         "yes" if report.is_merged else "not by mergekit",
         "; ".join(filter(None, remarks)),
     )
 
 
-def _short(names: dict[str, str]) -> str:
+def _digits(error: float) -> str:
+    return f"1e{math.ceil(math.log10(error))}"
+
+
+def _short(names: Iterable[str]) -> str:
     """Return parameters' names, those of all layers once."""
     patterns = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
     shown = ", ".join(f"`{pattern}`" for pattern in patterns[:2])

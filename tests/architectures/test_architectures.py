@@ -43,6 +43,8 @@ def test_it_is_measured_exactly_and_merged(entry, tmp_path):
         assert not mergekit_can(entry.architecture, tmp_path)
     else:
         assert report.is_merged, report.refusal
+    if report.factors is not None:
+        assert all("position" in name or "relative" in name for name in report.factors.tables)
     assert without_digits(table.row(entry, report)) == without_digits(in_the_docs(entry))
 
 
