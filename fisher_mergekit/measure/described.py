@@ -2,90 +2,138 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.dividing import Part, divided
-from fisher_mergekit.measure.factors import Group
-from fisher_mergekit.measure.kinds import Measured, Stored
+from fisher_mergekit.measure.factors import Factors, Group
+from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, Measured, Stored
 from fisher_mergekit.sidecar.header import Factors as FactorNames
-from fisher_mergekit.sidecar.layout import Group as LayoutGroup
+
+Divisor = Callable[[Group], Tensor | float]
+"""What sums of inputs are divided by; of experts `[e]`."""
 
 
-def described(
-    kind: str,
-    measured: Measured,
-    scaled: Callable[[Group], Tensor],
-    *,
-    outputs: bool = False,
-) -> Stored:
+def described(kind: str, measured: Measured, divisor: Divisor, *, outputs: bool = False) -> Stored:
     """Return the factors of every weight in the files that linear layers have.
 
     Args:
-        scaled: makes a group's stored input factor of its sums.
+        divisor: makes a stored input factor of a group's sums.
         outputs: whether output factors are stored too, as means over examples.
     """
-    factors = measured.factors
-    assert factors is not None
+    assert measured.factors is not None
     parameters = dict(measured.subject.model.named_parameters(remove_duplicate=False))
-    inputs: dict[Group, Tensor] = {}
+    factors, means = measured.factors, _Means(measured, parameters, divisor)
     names: dict[object, str] = {}
     found = Stored()
 
-    def store(name: str, part: Part, factor: Tensor, axis: int, *, is_matrix: bool) -> None:
-        found.tensors[name] = part.of(factor, axis, is_matrix=is_matrix)
-        if is_matrix:
-            found.matrices.append(name)
+    def store(
+        name: str, owner: object, part: Part, factor: Tensor, axis: int, *, is_matrix: bool
+    ) -> str:
+        """Store a part's factor along an axis, unless it is stored already; return its name."""
+        key = (owner, part.experts, part.experts and part.indices(axis))
+        if key not in names:
+            names[key] = name
+            found.tensors[name] = part.of(factor, axis, is_matrix=is_matrix)
+            if is_matrix:
+                found.matrices.append(name)
+        return names[key]
 
     for group in measured.subject.groups:
+        owners = [parameters[name] for name in group.targets]
         try:
-            parts = _parts(group, parameters, measured, kind)
+            if not means.available.issuperset(owners):
+                raise ValueError(f"not described by {kind}")
+            parts = divided(group)
         except ValueError as error:
             found.undescribed |= dict.fromkeys((s.name for s in group.sources), str(error))
-            continue
+            parts = []
         for part in parts:
-            parameter = parameters[part.target]
+            source, parameter = part.source, parameters[part.target]
             own, use = factors.groups[parameter], factors.uses[parameter]
-            if own not in inputs:
-                inputs[own] = scaled(own).to("cpu")
-            key = (own, part.experts, part.experts and part.indices(use.axis))
-            if key not in names:
-                names[key] = f"{part.source}.inputs"
-                store(names[key], part, inputs[own], use.axis, is_matrix=not use.is_lookup)
-            axis = part.axis(use.axis)
-            record = FactorNames(inputs=names[key], input_axis=-1 if axis == -1 else -2)
+            total, axis = means.inputs(parameter), use.axis
+            name = f"{source}.inputs"
+            name = store(name, own, part, total, axis, is_matrix=not use.is_lookup)
+            record = FactorNames(inputs=name, input_axis=-1 if part.axis(axis) == -1 else -2)
             if outputs:
-                total = _output(parameter, measured)
-                record = record.model_copy(update={"outputs": f"{part.source}.outputs"})
-                is_matrix = total.dim() == parameter.dim()
-                store(record.names[1], part, total, -3 - use.axis, is_matrix=is_matrix)
-            found.weights.append(part.source)
-            found.factors[part.source] = record
+                total, axis = means.outputs(parameter), -3 - use.axis
+                name, is_matrix = f"{source}.outputs", total.dim() == parameter.dim()
+                name = store(name, parameter, part, total, axis, is_matrix=is_matrix)
+                record = record.model_copy(update={"outputs": name})
+            found.weights.append(source)
+            found.factors[source] = record
+        means.release(owners)
     return found
 
 
-def _parts(
-    group: LayoutGroup, parameters: Mapping[str, nn.Parameter], measured: Measured, kind: str
-) -> list[Part]:
-    """Return the parts of a group; ValueError with half a sentence why it is not described."""
-    if all(_is_measured(parameters[name], measured) for name in group.targets):
-        return divided(group)
-    raise ValueError(f"not described by {kind}")
+class _Means:
+    """Means of a model's sums, on the CPU.
 
+    A sum becomes its mean in place, and is given up after its last use, unless another kind needs
+    it: matrices do not stand in memory twice.
 
-def _is_measured(parameter: nn.Parameter, measured: Measured) -> bool:
-    assert measured.factors is not None
-    group = measured.factors.groups.get(parameter)
-    return group is not None and group.total is not None
+    Attributes:
+        available: the weights that have any.
+    """
 
+    def __init__(
+        self, measured: Measured, parameters: Mapping[str, nn.Parameter], divisor: Divisor
+    ):
+        assert measured.factors is not None
+        self._factors: Factors = measured.factors
+        self._measured = measured
+        self._divisor = divisor
+        groups = self._factors.groups
+        self.available = {p for p, group in groups.items() if group.total is not None}
+        self._made: dict[object, Tensor] = {}
+        self._left = Counter[object]()
+        for group in measured.subject.groups:
+            self._count([parameters[name] for name in group.targets], 1)
 
-def _output(parameter: nn.Parameter, measured: Measured) -> Tensor:
-    """Return a weight's mean output factor, on the CPU; zero where no gradient came."""
-    assert measured.factors is not None
-    total = measured.factors.outputs.get(parameter)
-    if total is None:
-        width = parameter.shape[-3 - measured.factors.uses[parameter].axis]
-        return torch.zeros(*parameter.shape[:-2], width, width)
-    return total.to("cpu") / measured.examples
+    def inputs(self, parameter: nn.Parameter) -> Tensor:
+        """Return a weight's input factor, the same tensor for all that share it."""
+        group = self._factors.groups[parameter]
+        if group not in self._made:
+            assert group.total is not None
+            divisor = self._divisor(group)
+            if isinstance(divisor, Tensor):
+                divisor = divisor.to(group.total.device, group.total.dtype)
+                divisor = divisor.reshape(
+                    *divisor.shape, *[1] * (group.total.dim() - divisor.dim())
+                )
+            self._made[group] = self._mean(group.total, divisor, INPUTS)
+            if INPUTS not in self._measured.later:
+                group.total = None
+        return self._made[group]
+
+    def outputs(self, parameter: nn.Parameter) -> Tensor:
+        """Return a weight's output factor; zero where no gradient came."""
+        if parameter not in self._made:
+            total = self._factors.outputs.get(parameter)
+            if total is None:
+                width = parameter.shape[-3 - self._factors.uses[parameter].axis]
+                total = torch.zeros(*parameter.shape[:-2], width, width)
+            self._made[parameter] = self._mean(total, self._measured.examples, OUTPUTS)
+            if OUTPUTS not in self._measured.later:
+                self._factors.outputs.pop(parameter, None)
+        return self._made[parameter]
+
+    def release(self, parameters: list[nn.Parameter]) -> None:
+        """Give up what was used for the last time."""
+        for key in self._count(parameters, -1):
+            if not self._left[key]:
+                self._made.pop(key, None)
+
+    def _count(self, parameters: list[nn.Parameter], by: int) -> list[object]:
+        groups = [self._factors.groups[p] for p in parameters if p in self.available]
+        keys: list[object] = [*parameters, *groups]
+        for key in keys:
+            self._left[key] += by
+        return keys
+
+    def _mean(self, total: Tensor, divisor: Tensor | float, need: str) -> Tensor:
+        mean = total / divisor if need in self._measured.later else total.div_(divisor)
+        return mean.to("cpu")

@@ -8,7 +8,7 @@ back to the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Part:
         rows: along its last axis but one, which of the target's a; or, transposed, b.
         columns: along its last axis.
         is_transposed: whether rows come from b, and columns from a.
+        leads: whether the source has a leading axis of experts too.
     """
 
     source: str
@@ -51,12 +52,15 @@ class Part:
         """Return its part of the target's factor along an axis, -1 or -2."""
         if self.experts is None:
             return factor
-        index = torch.tensor(self.indices(of_target), device=factor.device)
         experts = factor if factor.dim() > 1 + is_matrix else factor[None]
-        found = [experts[e].index_select(0, index) for e in self.experts]
-        if is_matrix:
-            found = [x.index_select(1, index) for x in found]
-        return torch.stack(found) if self.leads else found[0]
+        indices = self.indices(of_target)
+        if indices == tuple(range(factor.shape[-1])):
+            found = [experts[e] for e in self.experts]
+        else:
+            index = torch.tensor(indices, device=factor.device)
+            found = [experts[e].index_select(0, index) for e in self.experts]
+            found = [x.index_select(1, index) for x in found] if is_matrix else found
+        return torch.stack(found) if self.leads else found[0].clone()
 
 
 def divided(group: Group) -> list[Part]:
@@ -71,18 +75,13 @@ def divided(group: Group) -> list[Part]:
     numbers: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
     total = 0
+    dtype = torch.int32 if sum(s.count for s in group.sources) < 2**31 else torch.int64
     for name, shape in group.targets.items():
         starts[name] = total
         count = torch.Size(shape).numel()
-        numbers[name] = torch.arange(total, total + count).view(shape)
+        numbers[name] = torch.arange(total, total + count, dtype=dtype).view(shape)
         total += count
-    return [
-        _part(name, places, group.targets, starts) for name, places in _restored(group, numbers)
-    ]
-
-
-def _restored(group: Group, numbers: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from group.restore(numbers)
+    return [_part(name, places, group.targets, starts) for name, places in group.restore(numbers)]
 
 
 def _part(

@@ -146,7 +146,11 @@ def precompute(
     else:
         measured = _from_data(prepared, progress)
     seconds = round(time.perf_counter() - start, 3)
-    return [_write(prepared.job, kind, measured, seconds) for kind in prepared.job.kinds][-1]
+    kinds = prepared.job.kinds
+    for place, kind in enumerate(kinds, start=1):
+        measured.later = needs_of(kinds[place:])
+        header = _write(prepared.job, kind, measured, seconds)
+    return header
 
 
 def _write(job: Job, kind: str, measured: Measured, seconds: float) -> Header:

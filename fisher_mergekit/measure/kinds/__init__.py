@@ -31,6 +31,7 @@ class Measured:
         factors: sums over the examples; None if not asked for.
         settings: how it was measured.
         origin: what else is recorded of the data.
+        later: what of it kinds still need that are written after this one.
     """
 
     subject: Subject
@@ -38,6 +39,7 @@ class Measured:
     factors: Factors | None
     settings: Settings
     origin: dict[str, Any]
+    later: frozenset[str] = frozenset()
 
     @property
     def examples(self) -> int:
@@ -70,10 +72,7 @@ class Kind(Protocol):
     NEEDS: frozenset[str]
 
     def stored(self, measured: Measured) -> Stored:
-        """Return what is written, in float32.
-
-        What is taken out of `measured` is not needed by another kind.
-        """
+        """Return what is written, in float32; what no later kind needs may be taken out."""
         ...
 
 

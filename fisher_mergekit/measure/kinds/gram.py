@@ -6,10 +6,7 @@ otherwise weigh one model against another.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fisher_mergekit.measure.described import described
-from fisher_mergekit.measure.factors import Group
 from fisher_mergekit.measure.kinds import INPUTS, Measured, Stored
 
 NEEDS = frozenset({INPUTS})
@@ -17,9 +14,4 @@ NEEDS = frozenset({INPUTS})
 
 def stored(measured: Measured) -> Stored:
     """Return the input factors, each once for all weights that share it."""
-
-    def mean(group: Group) -> Tensor:
-        assert group.total is not None
-        return group.total / measured.examples
-
-    return described("gram", measured, mean)
+    return described("gram", measured, lambda group: measured.examples)

@@ -19,12 +19,10 @@ NEEDS = frozenset({INPUTS, OUTPUTS})
 
 def stored(measured: Measured) -> Stored:
     """Return input factors, each once for all weights that share it, and output factors."""
-    return described("kfac", measured, _mean, outputs=True)
+    return described("kfac", measured, _rows, outputs=True)
 
 
-def _mean(group: Group) -> Tensor:
-    """Return the mean over rows; zero for an expert that got none."""
-    assert group.total is not None
+def _rows(group: Group) -> Tensor:
+    """Return how many rows there were; an expert that got none has zeros to divide."""
     assert group.rows is not None
-    rows = group.rows.clamp_min(1).to(group.total.device, group.total.dtype)
-    return group.total / rows.reshape(*rows.shape, *[1] * (group.total.dim() - rows.dim()))
+    return group.rows.clamp_min(1)
