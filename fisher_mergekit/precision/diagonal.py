@@ -55,7 +55,7 @@ def weighted_mean(
     reference = thetas[0].to(dtype)
     result = torch.zeros_like(reference)
     total = sum(weights)
-    for theta, weight in zip(thetas, weights, strict=True):
+    for theta, weight in zip(thetas[1:], weights[1:], strict=True):
         if weight != 0:
             result.add_(theta.to(dtype) - reference, alpha=weight / total)
     return result.add_(reference)
@@ -77,13 +77,17 @@ class Elementwise:
     rows_apart: bool = False
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
-        """Return Wᵢ x of one model."""
-        return difference.mul(self.weight(index, difference.dtype))
+        """Return Wᵢ x of one model; `difference` is overwritten."""
+        return difference.mul_(self.weight(index, difference.dtype))
 
     def solve(self, right: Tensor, name: str = "") -> Tensor:
         """Return (Σ Wᵢ)⁻¹ x, zero where all weights are; `right` is overwritten."""
         total: Weight = 0.0
         for i in self.models:
-            total = total + self.weight(i, right.dtype)
+            weight = self.weight(i, right.dtype)
+            if isinstance(weight, Tensor) and isinstance(total, Tensor):
+                total.add_(weight)
+            else:
+                total = weight + total
         right.div_(total)
         return right.masked_fill_(total == 0, 0) if isinstance(total, Tensor) else right

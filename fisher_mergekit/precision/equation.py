@@ -38,7 +38,7 @@ class System(Protocol):
     def rows_apart(self) -> bool: ...  # noqa: D102
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
-        """Return λᵢ Cᵢ x of one model, a new tensor."""
+        """Return λᵢ Cᵢ x of one model; `difference` may be overwritten."""
         ...
 
     def solve(self, right: Tensor, name: str = "") -> Tensor:

@@ -296,3 +296,14 @@ def test_models_of_other_methods_keep_their_sidecars(tmp_path):
     expected = merge_oracle.merge([theta_a, theta_b], [fisher_a, fisher_b], [1, 1], list(theta_a))
     assert_close(merged(recipe_of(a, b), tmp_path / "fisher"), expected)
     check(merged(recipe(models), tmp_path / "gram"), merged_model(models, [1, 1]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [{"cuda": True}, {"gpu_rich": True}])
+@both_kinds
+def test_on_a_gpu(tmp_path, kind, flags):
+    """What layers share stays on the device that computed it."""
+    models = pair_of(tmp_path, kind=kind)
+    options = {"embeddings": True}
+    found = merged(recipe(models, parameters=options), tmp_path / "out", **flags)
+    check(found, merged_model(models, [1, 1], embeddings=True))
