@@ -100,7 +100,10 @@ def _part(
         first_row, first_column, corner = matrix[0], matrix[:, 0], matrix[0, 0]
         if not torch.equal(matrix, first_column[:, None] + first_row - corner):
             raise ValueError(f"{source} is no block of {target}")
-        is_transposed = bool((first_row // b != corner // b).any())
+        # Of a row, or a column, alone only one of the two tells.
+        is_transposed = bool(
+            (first_row // b != corner // b).any() or (first_column % b != corner % b).any()
+        )
         along_row, along_column = first_row % (a * b), first_column % (a * b)
         if is_transposed:
             columns, rows = along_row // b, along_column % b
