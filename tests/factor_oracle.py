@@ -33,6 +33,8 @@ class Use:
         name: of the parameter, of which the matrix is a part.
         expert: which one of a `[e, …]` parameter's matrices it is; None if it has but one.
         axis: of the parameter, along which the inputs run.
+        rows: as they were at that moment.
+        is_batched: it was one of a product of batches.
     """
 
     name: str
@@ -52,7 +54,6 @@ class Measured:
         rows: how many.
         outputs: Σ g gᵀ.
         axes: along which the inputs run.
-        together: which parameters were given the very same tensors.
         lookups: how often each row of a table was looked up.
     """
 
@@ -60,15 +61,7 @@ class Measured:
     rows: Factors = field(default_factory=dict)
     outputs: Factors = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)
-    given: dict[str, list[object]] = field(default_factory=dict)
     lookups: Factors = field(default_factory=dict)
-
-    def together(self) -> set[frozenset[str]]:
-        """Return which parameters were always given the very same tensors."""
-        found: dict[tuple, set[str]] = {}
-        for name, given in self.given.items():
-            found.setdefault(tuple(given), set()).add(name)
-        return {frozenset(names) for names in found.values()}
 
 
 class Watch(TorchFunctionMode):
@@ -105,6 +98,7 @@ class Watch(TorchFunctionMode):
         if found is None or matrix.dim() < 2:
             return
         name, parameter = found
+        rows = rows.detach().clone()
         axis = next(a for a in (-1, -2) if parameter.stride(a) == matrix.stride(-2))
         if matrix.dim() == 3:
             for expert, (x, of_expert) in enumerate(zip(rows, y, strict=True)):
@@ -146,8 +140,6 @@ def measure(
             add(found.inputs, use, rows.mT @ rows)
             add(found.rows, use, torch.tensor(float(len(rows)), dtype=torch.float64))
             assert found.axes.setdefault(use.name, use.axis) == use.axis
-            given = found.given.setdefault(use.name, [])
-            given.append((example.number, use.expert, use.rows.data_ptr(), use.rows.shape))
         for name, ids in watch.looked_up:
             ids = _of_tokens(ids.expand(batch.rows, -1) if batch.rows > 1 else ids, batch)
             counts = torch.bincount(ids.reshape(-1), minlength=shapes[name][0]).double()
@@ -172,7 +164,7 @@ def _of_tokens(x: Tensor, batch: Batch) -> Tensor:
 
 
 def _unpadded(use: Use, batch: Batch) -> Tensor:
-    rows = _of_tokens(use.rows.detach(), batch).double()
+    rows = _of_tokens(use.rows, batch).double()
     # What an expert gets in a product of batches is zero where it is another's.
     return rows[rows.any(1)] if use.is_batched else rows
 

@@ -152,3 +152,11 @@ def assert_same_fishers(
 
 def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Return a copy of a model to be differentiated in float64."""
+    double = copy.deepcopy(model).double().eval().requires_grad_(True)
+    if hasattr(double, "set_experts_implementation"):
+        double.set_experts_implementation("eager")  # the others know no float64
+    return double

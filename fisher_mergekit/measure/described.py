@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.dividing import Part, divided
-from fisher_mergekit.measure.factors import Factors, Group
+from fisher_mergekit.measure.factors import Factors
+from fisher_mergekit.measure.groups import Group
 from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, Measured, Stored
 from fisher_mergekit.sidecar.header import Factors as FactorNames
 

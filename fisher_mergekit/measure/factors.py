@@ -4,7 +4,7 @@
     outputs  Σ g gᵀ, g the gradient of log p(y|x) of the layer's output         (kfac)
 
 The rows are those that each example alone gives the layer: padding is none of them. Which tokens a
-layer's rows are is read off their number and verified (`listening.py`).
+layer's rows are is read off their number and verified (`readings.py`).
 
 Layers that are given the very same tensor, as queries, keys and values are, have one input factor
 together. Who shares is found out in one forward pass, and has to hold in every one after it.
@@ -16,104 +16,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, cast
-from weakref import ref
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch
+from fisher_mergekit.measure.groups import Given, Group, Reading, Unaligned
 from fisher_mergekit.measure.inputs import Inputs, Use, add_moment, fill_lower
 from fisher_mergekit.measure.probe import rms
+from fisher_mergekit.measure.readings import Masks
 
 WIDEST = 16_384
 """Outputs up to which their factor is a matrix (1 GiB); of more, it is the diagonal."""
-
-
-ONCE = "once"
-"""A reading: one row that is no example's own is not repeated for each of them."""
-
-Reading: TypeAlias = str | None
-"""What says which tokens the rows of a call are: a mask's name, `ONCE`, or None: all are."""
-
-
-class Unaligned(Exception):
-    """A pass looks otherwise than the one by which rows were read, or inputs shared.
-
-    Args:
-        reason: for the user.
-        is_shared: it is only that layers do not share their inputs.
-        is_unclear: it is only that readings differ that were the same when they were verified.
-    """
-
-    def __init__(self, reason: str, *, is_shared: bool = False, is_unclear: bool = False):
-        super().__init__(reason)
-        self.is_shared = is_shared
-        self.is_unclear = is_unclear
-
-
-@dataclass(frozen=True, eq=False)
-class _Given:
-    """A tensor that a layer was given, which is not kept."""
-
-    tensor: ref[Tensor]
-    version: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Given:
-        return cls(ref(x), x._version)
-
-    def is_still(self, x: Tensor) -> bool:
-        """Return whether it is that very tensor, and nothing was written into it since."""
-        return self.tensor() is x and self.version == x._version
-
-
-@dataclass(eq=False)
-class Group:
-    """Weights that get the same inputs, by the calls of the first of them.
-
-    Attributes:
-        use: of the first one.
-        readings: for each call, what may tell which tokens its rows are. Those that say the same
-            of the pass that was traced stand together.
-        choice: which of them does.
-        total: Σ x xᵀ, `[i, i]`; `[e, i, i]` of experts; of lookups the diagonal, `[v]`.
-        rows: how many rows were summed; `[e]` of experts.
-        given: what the calls of this pass were given.
-    """
-
-    leader: nn.Parameter
-    use: Use
-    readings: list[list[tuple[Reading, ...]]] = field(default_factory=list)
-    choice: int = 0
-    total: Tensor | None = None
-    rows: Tensor | None = None
-    given: list[_Given] = field(default_factory=list)
-
-    def reading(self, call: int) -> tuple[Reading, ...]:
-        """Return what says which tokens the rows of a call are."""
-        if call >= len(self.readings):
-            raise Unaligned("a layer is called more often than before")
-        return self.readings[call][min(self.choice, len(self.readings[call]) - 1)]
-
-    @property
-    def is_once(self) -> bool:
-        """Whether a row that is no example's own is counted once."""
-        return any(self.reading(call) == (ONCE,) for call in range(len(self.readings)))
-
-    def stop_repeating(self) -> bool:
-        """Count a row that is no example's own once; return whether that is another reading."""
-        was, last = self.choice, max(map(len, self.readings)) - 1
-        if any(readings[-1] == (ONCE,) for readings in self.readings):
-            self.choice = last
-        return self.choice != was
-
-    def next_reading(self) -> bool:
-        """Read rows in the next possible way; return whether there is one."""
-        self.choice += 1
-        return self.choice < max(map(len, self.readings))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +41,7 @@ class _Call:
     use: Use
     number: int
     readings: list[tuple[Reading, ...]]
-    given: _Given
+    given: Given
 
 
 class Factors:
@@ -141,6 +58,8 @@ class Factors:
             of experts.
         is_alone: examples come alone, so that there is no padding to be told from rows.
         sign: of what is added; -1 to compare.
+        misread: while it is verified how rows are read, groups of which a pass did not fit; else
+            that is an error.
     """
 
     def __init__(self, parameters: Mapping[nn.Parameter, Any], *, outputs: bool = False):
@@ -151,8 +70,9 @@ class Factors:
         self.outputs: dict[nn.Parameter, Tensor] = {}
         self.is_alone = False
         self.sign = 1.0
+        self.misread: set[Group] | None = None
         self._apart = False
-        self._masks: dict[str, Tensor] = {}
+        self._masks = Masks({})
         self._trace: list[_Call] | None = None
         self._seen: Counter[nn.Parameter] = Counter()
         self._summed: Counter[nn.Parameter] = Counter()
@@ -197,7 +117,7 @@ class Factors:
 
     def begin(self, batch: Batch) -> None:
         """Get ready for a batch's forward pass."""
-        self._masks = batch.token_masks() if self.parameters else {}
+        self._masks = Masks(batch.token_masks() if self.parameters else {})
         self._summed.clear()
         self.begin_again()
 
@@ -206,6 +126,16 @@ class Factors:
         self._seen.clear()
         for group in self.groups.values():
             group.given.clear()
+
+    def end(self) -> None:
+        """Find out, after a forward pass, whether all that share inputs got them.
+
+        Raises:
+            Unaligned: some were not called as often as others.
+        """
+        for parameter, group in self.groups.items():
+            if self._seen[parameter] != self._seen[group.leader]:
+                raise Unaligned("not all layers that share inputs are called", is_shared=True)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -254,31 +184,8 @@ class Factors:
                 continue
             same = (c.number for c in self._trace if c.given.is_still(given))
             number = next(same, len(self._trace))
-            readings = self._readings(x, given)
-            self._trace.append(_Call(parameter, x.use, number, readings, _Given.of(given)))
-
-    def _readings(self, inputs: Inputs, given: Tensor) -> list[tuple[Reading, ...]]:
-        """Return all that may tell which tokens the rows are, the likeliest first."""
-        found: list[list[Reading]] = []
-        for reading in (*self._masks, None):
-            mask = self._mask(reading, inputs)
-            if mask is None:
-                continue
-            same = (r for r in found if torch.equal(cast(Tensor, self._mask(r[0], inputs)), mask))
-            together = next(same, None)
-            if together is None:
-                found.append([reading])
-            else:
-                together.append(reading)
-        is_repeated = inputs.use.offsets is None and len(given) < len(inputs.x)
-        return [tuple(readings) for readings in found] + [(ONCE,)] * is_repeated
-
-    def _mask(self, reading: Reading, inputs: Inputs) -> Tensor | None:
-        """Return which rows a reading lets through; None if it does not fit."""
-        if reading is None:
-            return torch.ones(inputs.count, dtype=torch.bool, device=inputs.x.device)
-        mask = self._masks.get(reading)
-        return mask if mask is not None and mask.numel() == inputs.count else None
+            readings = self._masks.readings(x, given)
+            self._trace.append(_Call(parameter, x.use, number, readings, Given.of(given)))
 
     @torch.no_grad()
     def _see(self, parameter: nn.Parameter, inputs: Inputs, given: Tensor) -> None:
@@ -296,25 +203,19 @@ class Factors:
             if call >= len(group.given) or not group.given[call].is_still(given):
                 raise Unaligned("layers get different inputs that got the same", is_shared=True)
             return
-        group.given.append(_Given.of(given))
+        group.given.append(Given.of(given))
         if call >= self._summed[parameter]:
             self._summed[parameter] += 1
             self._add(group, inputs if self.is_alone else self._unpadded(group, call, inputs))
 
     def _unpadded(self, group: Group, call: int, inputs: Inputs) -> Inputs:
-        first, *others = group.reading(call)
-        if first is ONCE:
-            return replace(inputs, x=inputs.x[:1])
-        mask = self._mask(first, inputs)
-        for other in others:
-            again = self._mask(other, inputs)
-            if (mask is None) != (again is None) or (
-                mask is not None and again is not None and not torch.equal(mask, again)
-            ):
-                raise Unaligned("which rows are padding is unclear", is_unclear=True)
-        if mask is None:
+        found = self._masks.unpadded(inputs, group.reading(call))
+        if found is not None:
+            return found
+        if self.misread is None:
             raise Unaligned("a layer gets other rows than before")
-        return inputs if first is None or mask.all() else inputs.without(mask)
+        self.misread.add(group)
+        return inputs
 
     def _add(self, group: Group, inputs: Inputs) -> None:
         x, use = inputs.x, inputs.use

@@ -8,8 +8,7 @@ looks otherwise than those three, examples come alone, and there is no padding t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from fisher_mergekit.errors import FisherMergekitError
 from fisher_mergekit.measure.axes import Axes, NoExamples
 from fisher_mergekit.measure.batches import Batch, Example, collate
 from fisher_mergekit.measure.causality import check_causal
-from fisher_mergekit.measure.factors import Factors, Group, Unaligned
+from fisher_mergekit.measure.factors import Factors
+from fisher_mergekit.measure.groups import Group, Unaligned
 from fisher_mergekit.measure.inputs import Inputs, Use
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import OneInput, Unfit, own_parameters
@@ -27,7 +27,7 @@ from fisher_mergekit.measure.passes import Passes
 from fisher_mergekit.measure.probe import TOLERANCE, differ, row, spread
 from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
-from fisher_mergekit.measure.tapped import Tapped, TappedLayer
+from fisher_mergekit.measure.tapped import TappedLayer, installed
 
 LOG = logging.getLogger(__name__)
 
@@ -145,14 +145,15 @@ class Listening:
         """Return whose sums over a batch are others than those of its examples alone."""
         factors = self.factors
         factors.clear()
-        self._pass(batch)
-        sizes = factors.sizes()
-        factors.sign = -1.0
+        factors.misread = misread = set[Group]()
         try:
+            self._pass(batch)
+            sizes = factors.sizes()
+            factors.sign = -1.0
             for index in range(len(batch)):
                 self._pass(batch.single(index))
         finally:
-            factors.sign = 1.0
+            factors.sign, factors.misread = 1.0, None
         dtype = next(self._passes.model.parameters()).dtype
         largest = max((size for (role, _), size in sizes.items() if role == "outputs"), default=0.0)
         # Gradients that are zero on paper (a router's of one expert) are nothing but rounding.
@@ -164,7 +165,7 @@ class Listening:
             and (role == "inputs" or difference > nothing)
         }
         miscounted = {g for g in factors.groups.values() if g.rows is None or g.rows.any()}
-        return miscounted | {factors.groups[parameter] for parameter in differing}
+        return misread | miscounted | {factors.groups[parameter] for parameter in differing}
 
     def _trace(self, batch: Batch) -> None:
         with self.factors.tracing(), torch.no_grad():
@@ -196,8 +197,10 @@ class Listening:
         self._axes = Axes.of(batch)
         self.anchor = torch.zeros((), device=batch.device, requires_grad=True)
         self.factors.begin(batch)
-        with self._installed():
-            return self._passes.logits(batch)
+        with installed(self, self._layers.values()):
+            logits = self._passes.logits(batch)
+        self.factors.end()
+        return logits
 
     def _backward(self, logits: Tensor, start: Tensor, *, keep_graph: bool) -> None:
         if not logits.requires_grad:
@@ -206,7 +209,7 @@ class Listening:
         self._scale = fitting(start) if self._is_half else 1.0
         while True:
             try:
-                with self._installed():  # checkpointed layers run again
+                with installed(self, self._layers.values()):  # checkpointed layers run again
                     logits.backward(
                         scaled(start, self._scale, logits.dtype),
                         retain_graph=keep_graph or self._is_half,
@@ -215,20 +218,6 @@ class Listening:
             except Overflow:
                 self._scale = halved(self._scale)
                 self.factors.begin_backward_again()
-
-    @contextmanager
-    def _installed(self) -> Iterator[None]:
-        layers = list(self._layers.values())
-        for layer in layers:
-            layer.module.forward = Tapped(self, layer)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                if layer.original is None:
-                    del layer.module.forward
-                else:
-                    layer.module.forward = layer.original
 
     def call(self, layer: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module, and listen."""

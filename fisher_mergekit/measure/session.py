@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fisher_mergekit.errors import FisherMergekitError, MeasureError
 from fisher_mergekit.measure.batches import Batch, Example, batches
-from fisher_mergekit.measure.factors import Factors, Unaligned
+from fisher_mergekit.measure.factors import Factors
+from fisher_mergekit.measure.groups import Unaligned
 from fisher_mergekit.measure.limits import BatchSize, Limit
 from fisher_mergekit.measure.listening import Listening
 from fisher_mergekit.measure.passes import Passes

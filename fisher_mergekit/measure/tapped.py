@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -80,3 +81,19 @@ class Tapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module by its rule."""
         return self.taps.call(self.layer, args, kwargs)
+
+
+@contextmanager
+def installed(caller: Caller, layers: Iterable[TappedLayer]) -> Iterator[None]:
+    """Let the layers' modules be run by somebody else inside the block."""
+    chosen = list(layers)
+    for layer in chosen:
+        layer.module.forward = Tapped(caller, layer)
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            if layer.original is None:
+                del layer.module.forward
+            else:
+                layer.module.forward = layer.original

@@ -32,7 +32,7 @@ from fisher_mergekit.measure.layers.local import Local
 from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
 from fisher_mergekit.measure.squares import Squares
-from fisher_mergekit.measure.tapped import Tapped, TappedLayer
+from fisher_mergekit.measure.tapped import TappedLayer, installed
 
 LOG = logging.getLogger(__name__)
 
@@ -225,36 +225,32 @@ class Taps:
         return [p for layer in layers if not layer.settled for p in layer.parameters.values()]
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def _installed(self) -> Iterator[None]:
         """Run the tapped modules by their rules inside the block.
 
         Idle parameters require a gradient there: one that is used where its module is not called
         (a table that another module looks up) would show in nothing else.
         """
-        layers, idle = list(self._layers.values()), self._idle
-        for layer in layers:
-            layer.module.forward = Tapped(self, layer)
+        idle = self._idle
         for parameter in idle:
             parameter.requires_grad_(True)
         try:
-            yield
+            with installed(self, self._layers.values()):
+                yield
         finally:
             for parameter in idle:
                 parameter.requires_grad_(False)
-            for layer in layers:
-                if layer.original is None:
-                    del layer.module.forward
-                else:
-                    layer.module.forward = layer.original
 
     def forward(self, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """Run one batch's forward pass, tapped."""
         self.factors.begin(batch)
         while True:
             try:
-                return self._forward(run, batch)
+                logits = self._forward(run, batch)
             except Irregular:
                 continue  # its parameters have climbed, and nothing has been added yet
+            self.factors.end()
+            return logits
 
     def _forward(self, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         self._axes = Axes.of(batch)
@@ -262,7 +258,7 @@ class Taps:
         self.anchor = torch.zeros((), device=batch.device, requires_grad=True)
         for layer in self._layers.values():
             layer.calls = 0
-        with self.installed(), torch.enable_grad():
+        with self._installed(), torch.enable_grad():
             try:
                 return run(batch)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -294,7 +290,7 @@ class Taps:
             self.squares.begin_again()
             self.factors.begin_backward_again()
             try:
-                with self.installed():  # checkpointed layers run again
+                with self._installed():  # checkpointed layers run again
                     _, *awake = torch.autograd.grad(
                         logits,
                         [self.anchor, *idle],

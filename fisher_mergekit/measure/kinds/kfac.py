@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fisher_mergekit.measure.described import described
-from fisher_mergekit.measure.factors import Group
+from fisher_mergekit.measure.groups import Group
 from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, Measured, Stored
 
 NEEDS = frozenset({INPUTS, OUTPUTS})
