@@ -10,9 +10,9 @@ by conjugate gradients (MaTS: Tam et al. 2023, arXiv 2312.04339). With Bᵢ the 
 kind `gram`.
 
 A sum of Kronecker products is none, and so has no cheap inverse. But two symmetric matrices are
-diagonal in one basis (that of their pencil), and then so is the sum of two products. Hence two
-models are solved in one step; for more, the diagonal of the sum in such a basis is the
-preconditioner. The inputs' basis serves all layers that share them.
+diagonal in one basis (that of their pencil), and then so is the sum of two products. So the
+equation is solved in such a basis, with the sum's diagonal as the preconditioner; two models need
+one step. The inputs' basis serves all layers that share them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fisher_mergekit.precision.kronecker import (
     Basis,
     as_factor,
     common_basis,
+    diagonal,
     divided,
     size,
     times,
@@ -52,7 +53,6 @@ class TwoSided:
         outputs: each model's B, by its index.
         shares: each model's t, by its index, `[…, 1, 1]`.
         bases: the outputs' and the inputs', in which the sum is nearly diagonal.
-        inverse: of its diagonal there, `[…, o, i]`; 0 where nobody saw more than rounding.
     """
 
     models: Sequence[int]
@@ -60,7 +60,6 @@ class TwoSided:
     outputs: Sequence[Tensor]
     shares: Mapping[int, Tensor]
     bases: tuple[Basis, Basis]
-    inverse: Tensor
     tolerance: float
     iterations: int
     dtype: torch.dtype = torch.float64
@@ -68,28 +67,36 @@ class TwoSided:
 
     def weigh(self, index: int, difference: Tensor) -> Tensor:
         """Return tᵢ Bᵢ x Aᵢ of one model, x `[…, o, i]`."""
-        half = times(self.inputs[index], difference.mT).mT
-        return times(self.outputs[index], half).mul_(self.shares[index])
+        return self.shares[index] * _product(self.outputs[index], difference, self.inputs[index])
 
     def solve(self, right: Tensor, name: str = "") -> Tensor:
-        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance."""
+        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance: in the bases, and back."""
         outputs, inputs = self.bases
+        terms = list(zip(self.shares.values(), outputs.factors, inputs.factors, strict=True))
 
         def apply(x: Tensor) -> Tensor:
-            return sum((self.weigh(i, x) for i in self.models), torch.zeros_like(x))
+            return sum((share * _product(b, x, a) for share, b, a in terms), torch.zeros_like(x))
 
-        def precondition(x: Tensor) -> Tensor:
-            there = outputs.into(inputs.into(x.mT).mT) * self.inverse
-            return outputs.out_of(inputs.out_of(there.mT).mT)
-
-        return conjugate_gradients(
+        on_diagonal = noise = torch.zeros_like(right)
+        for (share, b, a), of_b, of_a in zip(terms, outputs.noise, inputs.noise, strict=True):
+            b, a = diagonal(b), diagonal(a)
+            on_diagonal = on_diagonal + share * b * a.mT
+            noise = noise + share * (b.abs() * of_a.mT + of_b * (a.abs() + of_a).mT)
+        found = conjugate_gradients(
             apply,
-            precondition,
-            right,
+            outputs.into(inputs.into(right.mT).mT),
+            on_diagonal=on_diagonal,
+            noise=noise,
             tolerance=self.tolerance,
             iterations=self.iterations,
             name=name,
         )
+        return outputs.out_of(inputs.out_of(found.mT).mT)
+
+
+def _product(b: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    """Return B x A."""
+    return times(b, times(a, x.mT).mT)
 
 
 def common(inputs: Sequence[Tensor], lambdas: Sequence[float], **_: Any) -> Basis:
@@ -130,26 +137,8 @@ def system(
     outputs = [as_factor(b) for _, b in precisions]
     bases = (common_basis([outputs[i] for i in models]), shared or common(inputs, lambdas))
 
-    # Factors are taken relative to their sizes, and those are in the shares, of which the sum is
-    # one: numbers of any size are tame.
+    # Precisions are taken relative to the sum of their sizes: numbers of any size are tame.
     sizes = {i: size(inputs[i]) * size(outputs[i]) for i in models}
-    parts = {i: sizes[i] * lambdas[i] for i in models}
-    total = sum(parts.values(), torch.zeros_like(parts[models[0]]))
-    parts = {i: divided(part, total) for i, part in parts.items()}
-    on_diagonal = rounding = torch.zeros((), dtype=torch.float64)
-    for k, part in enumerate(parts.values()):
-        b, a = (basis.diagonals[k] for basis in bases)
-        unsure_b, unsure_a = (basis.noise[k] for basis in bases)
-        on_diagonal = on_diagonal + part * b * a.mT
-        rounding = rounding + part * (b.abs() * unsure_a.mT + unsure_b * (a.abs() + unsure_a).mT)
-    seen = on_diagonal > rounding
-    return TwoSided(
-        models,
-        inputs,
-        outputs,
-        {i: divided(part, sizes[i]) for i, part in parts.items()},
-        bases,
-        torch.where(seen, on_diagonal, 1.0).reciprocal() * seen,
-        tolerance,
-        iterations,
-    )
+    total = sum((sizes[i] * lambdas[i] for i in models), torch.zeros_like(sizes[models[0]]))
+    shares = {i: divided(lambdas[i], total) for i in models}
+    return TwoSided(models, inputs, outputs, shares, bases, tolerance, iterations)

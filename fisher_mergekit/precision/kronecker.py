@@ -88,10 +88,9 @@ def noise(factors: Sequence[Tensor]) -> float:
     """Return how large an eigenvalue rounding may make, of a sum with a unit diagonal.
 
     float32 sums of many rows are good to about 1e-6; numbers that are rounded each by itself to
-    bfloat16 are a random matrix, whose norm grows with the root of its width.
+    bfloat16 are a random matrix, whose norm grows with the root of its width. The coarsest counts.
     """
-    dtype = factors[0].dtype
-    coarse = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
+    coarse = max(torch.finfo(f.dtype).eps if f.dtype.itemsize < 4 else 0.0 for f in factors)
     return max(1e-6, coarse * math.sqrt(factors[0].shape[-2]) / 16)
 
 
@@ -148,12 +147,12 @@ class Basis:
     Attributes:
         vectors: U `[…, d, d]`, zero columns for what was not seen; a column of d numbers where all
             factors are diagonals.
-        diagonals: one a factor, the diagonal of Uᵀ Aᵢ U, `[…, d, 1]`.
-        noise: one a factor, what its rounding, relative to its diagonal, may amount to in those.
+        factors: one a factor, Uᵀ Aᵢ U, float64; a column where all factors are diagonals.
+        noise: one a factor, what its rounding may amount to on the diagonal there, `[…, d, 1]`.
     """
 
     vectors: Tensor
-    diagonals: tuple[Tensor, ...]
+    factors: tuple[Tensor, ...]
     noise: tuple[Tensor, ...]
 
     def into(self, x: Tensor) -> Tensor:
@@ -180,13 +179,10 @@ def common_basis(factors: Sequence[Tensor]) -> Basis:
     weights = [divided(1.0, size(factor)) for factor in factors]
     total = weighted_sum(factors, weights)
     scale = _to_unit_diagonal(total)
-    rounding = noise(factors)
     if is_diagonal(total):
-        diagonals = tuple(
-            factor.double() * weight * scale**2
-            for factor, weight in zip(factors, weights, strict=True)
-        )
-        return Basis(scale, diagonals, (torch.zeros_like(scale),) * len(factors))
+        there = tuple(factor.double() * scale**2 for factor in factors)
+        return Basis(scale, there, (torch.zeros_like(scale),) * len(factors))
+    rounding = noise(factors)
     vectors = _root(total, rounding)
     if len(factors) > 1:
         # Different weights, and none of them zero: what was seen has eigenvalues from 1 on.
@@ -196,15 +192,8 @@ def common_basis(factors: Sequence[Tensor]) -> Basis:
         vectors = vectors @ torch.linalg.eigh(vectors.mT @ tilted @ vectors)[1]
     vectors.mul_(scale)
     squares = vectors.square().mT
-    unsure = tuple(
-        squares @ diagonal(factor) * weight * rounding
-        for factor, weight in zip(factors, weights, strict=True)
-    )
-    diagonals = tuple(
-        (vectors * times(factor, vectors)).sum(-2).unsqueeze(-1) * weight
-        for factor, weight in zip(factors, weights, strict=True)
-    )
-    return Basis(vectors, diagonals, unsure)
+    unsure = tuple(squares @ diagonal(factor) * rounding for factor in factors)
+    return Basis(vectors, tuple(vectors.mT @ times(factor, vectors) for factor in factors), unsure)
 
 
 _SEEN = 10

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisher_mergekit.precision import equation, kfac, solve
+from fisher_mergekit.precision.kronecker import noise
 
 OUT, WIDTH = 6, 8
 
@@ -128,6 +129,34 @@ def test_rounded_factors_of_few_rows_give_no_garbage(count, rows, dtype):
         )
 
     assert loss(found) < 0.2 * loss(mean)
+
+
+def test_rounding_does_not_make_solutions_large():
+    """Inputs and outputs that depend on one another, and models of different size."""
+    generator = torch.Generator().manual_seed(0)
+    out, width, rows = 24, 64, 20
+    mix = torch.eye(width) + torch.randn(width, width, generator=generator) / 8
+    mix *= torch.logspace(0, -2, width)[:, None]
+    exact = []
+    for size in (1.0, 1e4, 1e4):
+        x = torch.randn(rows, width, generator=generator) @ mix
+        g = torch.randn(rows, out, generator=generator)
+        exact.append(tuple((size * z.mT @ z / rows).double() for z in (x.double(), g.double())))
+    thetas = list(torch.randn(3, out, width, generator=generator))
+    rounded = [tuple(f.float() for f in pair) for pair in exact]
+    mean = equation.weighted_mean(thetas, [1.0] * 3)
+    size = sum(b.diag() / b.trace() for _, b in exact).sqrt()[:, None]
+    size = size * sum(a.diag() / a.trace() for a, _ in exact).sqrt()
+    large, found = (
+        ((solve("kfac", thetas, precisions, [1.0] * 3) - mean) * size).norm()
+        for precisions in (exact, rounded)
+    )
+    assert found < 10 * large
+
+
+def test_the_coarsest_factor_says_how_large_rounding_is():
+    fine, coarse = torch.eye(WIDTH), torch.eye(WIDTH, dtype=torch.bfloat16)
+    assert noise([fine, coarse]) == noise([coarse, fine]) == noise([coarse]) > noise([fine])
 
 
 def test_directions_that_nobody_saw_keep_the_mean():
