@@ -35,14 +35,26 @@ class Use:
         axis: of the parameter, along which the inputs run.
         rows: as they were at that moment.
         is_batched: it was one of a product of batches.
+        gradient: with respect to the product as it was, of the last backward pass.
     """
 
     name: str
     expert: int | None
     axis: int
     rows: Tensor
-    y: Tensor
+    width: int
     is_batched: bool = False
+    gradient: Tensor | None = None
+
+    def hear(self, y: Tensor, index: int | None = None) -> Use:
+        """Note the gradient when it comes; of one of a product of batches, its part."""
+
+        def keep(gradient: Tensor) -> None:
+            self.gradient = gradient if index is None else gradient[index]
+
+        if y.requires_grad:
+            y.register_hook(keep)
+        return self
 
 
 @dataclass
@@ -76,6 +88,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         y = function(*args, **(kwargs or {}))
+        count = len(self.uses)
         if function in _CASTS and (found := self._parameter(args[0])) and y.shape == args[0].shape:
             self._kept.append(y)
             self._of[y.untyped_storage().data_ptr()] = found
@@ -88,7 +101,8 @@ class Watch(TorchFunctionMode):
             self._add(args[1], args[2], y)
         elif function in _PRODUCTS:
             self._add(args[0], args[1], y)
-        return y
+        # A copy, which the model may write into: gradients are those of what was computed.
+        return y.clone() if len(self.uses) > count else y
 
     def _parameter(self, x: Any) -> tuple[str, nn.Parameter] | None:
         return self._of.get(x.untyped_storage().data_ptr()) if isinstance(x, Tensor) else None
@@ -101,12 +115,13 @@ class Watch(TorchFunctionMode):
         rows = rows.detach().clone()
         axis = next(a for a in (-1, -2) if parameter.stride(a) == matrix.stride(-2))
         if matrix.dim() == 3:
-            for expert, (x, of_expert) in enumerate(zip(rows, y, strict=True)):
-                self.uses.append(Use(name, expert, axis, x, of_expert, True))
+            for expert, x in enumerate(rows):
+                use = Use(name, expert, axis, x, y.shape[-1], is_batched=True)
+                self.uses.append(use.hear(y, expert))
             return
         offset = matrix.storage_offset() - parameter.storage_offset()
         expert = offset // parameter.stride(0) if parameter.dim() == 3 else None
-        self.uses.append(Use(name, expert, axis, rows, y))
+        self.uses.append(Use(name, expert, axis, rows, y.shape[-1]).hear(y))
 
 
 def measure(
@@ -139,19 +154,19 @@ def measure(
             rows = _unpadded(use, batch)
             add(found.inputs, use, rows.mT @ rows)
             add(found.rows, use, torch.tensor(float(len(rows)), dtype=torch.float64))
+            add(found.outputs, use, torch.zeros(use.width, use.width, dtype=torch.float64))
             assert found.axes.setdefault(use.name, use.axis) == use.axis
         for name, ids in watch.looked_up:
             ids = _of_tokens(ids.expand(batch.rows, -1) if batch.rows > 1 else ids, batch)
             counts = torch.bincount(ids.reshape(-1), minlength=shapes[name][0]).double()
             found.lookups[name] = found.lookups.get(name, 0) + counts
-        for use in watch.uses:
-            add(found.outputs, use, torch.zeros(use.y.shape[-1], use.y.shape[-1]).double())
         for probability, log_p in outcomes(logits, batch):
-            ys = [use.y for use in watch.uses]
-            gradients = torch.autograd.grad(log_p, ys, retain_graph=True, allow_unused=True)
-            for use, g in zip(watch.uses, gradients, strict=True):
-                if g is not None:
-                    flat = g.reshape(-1, g.shape[-1]).double()
+            for use in watch.uses:
+                use.gradient = None
+            log_p.backward(retain_graph=True)
+            for use in watch.uses:
+                if use.gradient is not None:
+                    flat = use.gradient.reshape(-1, use.width).double()
                     add(found.outputs, use, probability * (flat.mT @ flat))
     return found
 

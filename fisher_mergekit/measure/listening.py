@@ -254,12 +254,16 @@ class Listening:
         y = site.forward(x if has_gradient and not is_once else given)
         if has_gradient:
             # Not even an embedding's output requires a gradient by itself: no parameter does.
-            y = y if y.requires_grad else y.detach().requires_grad_()
-            uses = {name: given.use for name, given in inputs.items()}
-            y.register_hook(lambda gradient: self._take(site, uses, gradient))
+            y = y if y.requires_grad else y + self.anchor
+            # What a model writes into y later goes around whatever made a view of y.
+            y = y.clone() if y._is_view() else y
+            uses = {name: seen.use for name, seen in inputs.items()}
+            y.grad_fn.register_prehook(lambda gradients: self._take(site, uses, gradients[0]))
         return y
 
-    def _take(self, site: Site, uses: Mapping[str, Use], gradient: Tensor) -> None:
+    def _take(self, site: Site, uses: Mapping[str, Use], gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
         if self._is_half and not all_finite([gradient]):
             raise Overflow
         self.factors.take(site.parameters, uses, gradient, self._scale)

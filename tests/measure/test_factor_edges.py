@@ -210,6 +210,19 @@ class Written(Odd):
         return y + self.two(x)
 
 
+class Scaled(Odd):
+    """What the first layers give is written into, as DeBERTa does."""
+
+    def odd(self, x, mask):
+        x = x.view(x.shape)
+        x *= 0.5
+        y = self.one(torch.ones_like(x)).view(x.shape)
+        y /= 3.0
+        z = self.two(x).view(x.shape)
+        z *= 2.0
+        return y + z
+
+
 class Own(Odd):
     """Multiplies by a matrix of its own, either way around, and by a cast of one."""
 
@@ -260,13 +273,13 @@ class Concatenated(Odd):
         return y
 
 
-ODD = (Twice, Never, Seldom, Flat, Packed, Own, Table, Concatenated)
+ODD = (Twice, Never, Seldom, Flat, Packed, Scaled, Own, Table, Concatenated)
 
 
 @pytest.mark.parametrize("outputs", [False, True], ids=["inputs", "and outputs"])
 @pytest.mark.parametrize("squares", [False, True], ids=["alone", "with the Fisher"])
 @pytest.mark.parametrize("model", ODD, ids=lambda m: m.__name__)
-@pytest.mark.parametrize("lengths", [(3, 9, 5, 2, 7), (4, 4, 4, 4, 4, 4, 2), (6, 3)], ids=str)
+@pytest.mark.parametrize("lengths", [(3, 9, 5, 2, 7), (4, 4, 4, 4, 4, 4, 2)], ids=str)
 def test_odd_layers(model, lengths, squares, outputs):
     torch.manual_seed(0)
     model, examples = model().eval(), of_lengths(*lengths)
