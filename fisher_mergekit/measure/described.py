@@ -12,6 +12,7 @@ from fisher_mergekit.measure.dividing import Part, divided
 from fisher_mergekit.measure.factors import Factors
 from fisher_mergekit.measure.groups import Group
 from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, Measured, Stored
+from fisher_mergekit.sidecar.header import NOT_DESCRIBED
 from fisher_mergekit.sidecar.header import Factors as FactorNames
 
 Divisor = Callable[[Group], Tensor | float]
@@ -47,7 +48,7 @@ def described(kind: str, measured: Measured, divisor: Divisor, *, outputs: bool 
         owners = [parameters[name] for name in group.targets]
         try:
             if not means.available.issuperset(owners):
-                raise ValueError(f"not described by {kind}")
+                raise ValueError(NOT_DESCRIBED + kind)
             parts = divided(group)
         except ValueError as error:
             found.undescribed |= dict.fromkeys((s.name for s in group.sources), str(error))

@@ -28,10 +28,6 @@ COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
 ASYMMETRY = 1e-3
 """Largest difference of a factor from its transpose, relative to its largest value."""
 
-NOT_DESCRIBED = "not described by "
-"""How a sidecar's header begins to say why nothing is stored of a parameter; then comes the kind.
-Of what is no parameter it says something else."""
-
 _opened: dict[tuple[Path, str], Sidecar] = {}
 
 
@@ -213,7 +209,7 @@ def open_checked(
 def parameters(sidecar: Sidecar) -> list[str]:
     """Return the names of all parameters of a sidecar's model: described, or not by this kind."""
     others = sidecar.measurement.unmeasured.items()
-    return [*sidecar.weights, *(n for n, why in others if why.startswith(NOT_DESCRIBED))]
+    return [*sidecar.weights, *(n for n, why in others if why.startswith(header.NOT_DESCRIBED))]
 
 
 def squared_norm(sidecar: Sidecar, weight: str) -> float:

@@ -25,9 +25,9 @@ Opened = Mapping[tuple[ModelReference, str], Sidecar]
 """The sidecars of a merge, by model and kind."""
 
 IDENTITY = "identity"
-
-
 PRIOR_KIND = "prior"
+"""The kind of a merge with a prior; also of the base's Fisher among the sidecars, because the base
+may be one of the models, too, and has another scale there."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ class Way:
     has_base: bool = False
 
     @property
+    def factors(self) -> list[Factors | None]:
+        """Each source's factors; None for one that has none of its own."""
+        return [factors_of(*pair) for pair in zip(self.sidecars, self.sources, strict=True)]
+
+    @property
     def input_axis(self) -> int:
         """The axis along which a matrix gets its inputs; of factors all models have the same."""
-        factors = self.sidecars and factors_of(self.sidecars[0], self.sources[0])
+        factors = self.sidecars and self.factors[0]
         return factors.input_axis if factors else -1
 
 
@@ -113,29 +118,16 @@ def choose(
     converted: dict[str, Slot] = {}
     for slot in merged:
         settings = resolved[slot.name]
-        sources = tuple(slot.sources[i] for i in settings.counting)
-        base = bases.get(slot.name)
-        own = sources if base is None else (*sources, base)
-        ways[slot.name] = Way(IDENTITY, own, has_base=base is not None)
-        for kind in _candidates(method, settings):
-            keys = tuple((source.model, kind) for source in sources)
-            if base is not None:
-                keys += ((base.model, PRIOR_KIND),)
-            way = Way(
-                kind if base is None else PRIOR_KIND,
-                own,
-                keys,
-                tuple(opened[key] for key in keys),
-                has_base=base is not None,
-            )
-            described = [_describes(*pair) for pair in zip(way.sidecars, own, strict=True)]
+        ways[slot.name], *candidates = _candidates(slot, settings, method, opened, bases)
+        for way in candidates:
+            described = [_describes(*x) for x in zip(way.sidecars, way.sources, strict=True)]
             if not any(described):
                 continue
             if not all(described):
                 problems.append(_half(slot, way, described, remedies))
                 break
-            if any(factors_of(*pair) for pair in zip(way.sidecars, own, strict=True)):
-                if any(source.is_made for source in sources):
+            if any(way.factors):
+                if any(source.is_made for source in way.sources):
                     converted[slot.name] = slot
                     break
                 problem = _unlike(slot, way, remedies)
@@ -186,10 +178,26 @@ def scales_of(
     return scales
 
 
-def _candidates(method: Method, settings: TensorSettings) -> list[str]:
-    """Return the kinds by which a tensor may be merged, the first that describes it."""
-    others = _others(settings)
-    return [method.kind] if others == "mean" else [method.kind, others]
+def _candidates(
+    slot: Slot,
+    settings: TensorSettings,
+    method: Method,
+    opened: Opened,
+    bases: Mapping[str, Source],
+) -> list[Way]:
+    """Return the ways that a tensor may go: first as a mean, then by each kind that is tried."""
+    others, base = _others(settings), bases.get(slot.name)
+    sources = tuple(slot.sources[i] for i in settings.counting)
+    all_sources = sources if base is None else (*sources, base)
+    ways = [Way(IDENTITY, all_sources, has_base=base is not None)]
+    for kind in [method.kind] if others == "mean" else [method.kind, others]:
+        keys = tuple((source.model, kind) for source in sources)
+        if base is not None:
+            keys = (*keys, (base.model, PRIOR_KIND))
+        own = tuple(opened[key] for key in keys)
+        of_merge = kind if base is None else PRIOR_KIND
+        ways.append(Way(of_merge, all_sources, keys, own, has_base=base is not None))
+    return ways
 
 
 def _others(settings: TensorSettings) -> str:

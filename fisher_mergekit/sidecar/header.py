@@ -23,6 +23,9 @@ HEADER_NAME = "header.json"
 CHECKSUM_KEY = "checksum"
 NONE = "none"
 METADATA_KEY = "fisher_mergekit.header"
+NOT_DESCRIBED = "not described by "
+"""How `unmeasured` begins to say why nothing is stored of a parameter; then comes the kind. Of what
+is no parameter it says something else."""
 
 
 class _Record(BaseModel):
