@@ -31,7 +31,7 @@ def print_factors(console: Console, factors: Mapping[str, Factor]) -> None:
             table.add_column(name, justify="right")
         for place in (*dict.fromkeys(map(_place, chosen)), None):
             here = [f for f in chosen if place in (None, _place(f))]
-            cells = [_rank([f for f in here if _type(f) == name]) for name in (*types,)]
+            cells = [_rank([f for f in here if _type(f) == name]) for name in types]
             table.add_row(label_of(place or "all"), *cells, _rank(here), _off_diagonal(here))
         console.print()
         console.print(table)
@@ -73,11 +73,7 @@ def _rank(factors: Sequence[Factor]) -> str:
 
 def _off_diagonal(factors: Sequence[Factor]) -> str:
     shares = [f.off_diagonal for f in factors if f.off_diagonal is not None]
-    return _percent(fmean(shares)) if shares else ""
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
+    return f"{fmean(shares):.1%}" if shares else ""
 
 
 def _summary(role: str, factors: Sequence[Factor]) -> str:

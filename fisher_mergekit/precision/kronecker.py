@@ -64,21 +64,21 @@ def weighted_sum(
         weights: numbers, or tensors `[…, 1, 1]`.
         offdiagonal: what the off-diagonals are multiplied by.
     """
+    device = factors[0].device
+    wide = [torch.as_tensor(w, dtype=torch.float64, device=device) for w in weights]
     if all(map(is_diagonal, factors)):
-        return sum(
-            (f.double() * w for f, w in zip(factors, weights, strict=True)),
-            torch.zeros((), dtype=torch.float64, device=factors[0].device),
-        )
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return sum((f.double() * w for f, w in zip(factors, wide, strict=True)), zero)
     *lead, width, _ = factors[0].shape
-    total = torch.zeros(*lead, width, width, dtype=torch.float64, device=factors[0].device)
+    total = torch.zeros(*lead, width, width, dtype=torch.float64, device=device)
     on_diagonal = total.diagonal(dim1=-2, dim2=-1)
-    for factor, weight in zip(factors, weights, strict=True):
+    for factor, weight in zip(factors, wide, strict=True):
         if not is_diagonal(factor):
-            total += factor.double() * weight
+            total.addcmul_(factor.double(), weight)  # a wide layer's factor is gigabytes
     kept = on_diagonal.clone()
     total *= offdiagonal
     on_diagonal.copy_(kept)
-    for factor, weight in zip(factors, weights, strict=True):
+    for factor, weight in zip(factors, wide, strict=True):
         if is_diagonal(factor):
             on_diagonal += (factor.double() * weight).squeeze(-1)
     return total
