@@ -159,6 +159,26 @@ def test_the_coarsest_factor_says_how_large_rounding_is():
     assert noise([fine, coarse]) == noise([coarse, fine]) == noise([coarse]) > noise([fine])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_into_what_rounding_made_up_are_taken_back(seed, caplog):
+    """Several models of few rows: before a step shows it, others went that way in part."""
+    thetas, precisions, lambdas = problem(4, seed, rows=3, out=10, width=12)
+    precisions = [tuple(f / f.diag().mean() for f in pair) for pair in precisions]
+    found = solve("kfac", thetas, precisions, lambdas)
+    pairs = list(zip(thetas, precisions, lambdas, strict=True))
+
+    def loss(merged):
+        apart = [(merged - t, *precision, lam) for t, precision, lam in pairs]
+        return sum(lam * float((d * (b.double() @ d @ a.double())).sum()) for d, a, b, lam in apart)
+
+    # It can be brought to zero, and is negative only where rounding counts as knowledge.
+    assert abs(loss(found)) < 1e-6 * loss(equation.weighted_mean(thetas, lambdas))
+    of_inputs, of_outputs = (sum(f[k].double().diag() for f in precisions) for k in (0, 1))
+    size = (of_outputs[:, None] * of_inputs).sqrt()
+    assert (found * size).norm() < 20 * max((theta * size).norm() for theta in thetas)
+    assert not lines(caplog, logging.WARNING)
+
+
 def test_directions_that_nobody_saw_keep_the_mean():
     """Also those that only exist in pairs: inputs of one model with the outputs of another."""
     thetas = list(torch.randn(2, 4, 4, generator=torch.manual_seed(0)).double())
