@@ -260,6 +260,19 @@ class TestSeq2Seq:
         with pytest.raises(CheckpointError, match="decoder_start_token_id"):
             decoder_inputs(config, torch.tensor([[5, 6]]))
 
+    @pytest.mark.parametrize(("name", "key"), [("T5", "decoder_start_token_id"), ("Bart", None)])
+    def test_a_model_that_cannot_say_what_targets_begin_with(self, name, key):
+        config = getattr(transformers, f"{name}Config")()
+        config.architectures = [f"{name}ForConditionalGeneration"]
+        if key is not None and hasattr(config, key):
+            delattr(config, key)
+        labels = torch.tensor([[5, 6]])
+        if key is None:
+            assert decoder_inputs(config, labels).shape == labels.shape
+            return
+        with pytest.raises(CheckpointError, match=rf"config.json has no {key}.*; add it"):
+            decoder_inputs(config, labels)
+
     def test_the_target_is_scored_whole(self, tokenizer):
         from heads import HEADS
 

@@ -51,14 +51,19 @@ def decoder_inputs(config: Any, labels: Tensor) -> Tensor:
     Raises:
         CheckpointError: the configuration does not say what a target begins with.
     """
+    first = getattr(config, "decoder_start_token_id", None)
     model_class: Any = getattr(transformers, str((config.architectures or [None])[0]), None)
     if hasattr(model_class, "prepare_decoder_input_ids_from_labels"):
         # The method needs no more of the model than its configuration.
         bare = model_class.__new__(model_class)
         bare.__dict__["config"] = config
-        shifted: Tensor = bare.prepare_decoder_input_ids_from_labels(labels)
-        return shifted
-    first = getattr(config, "decoder_start_token_id", None)
+        try:
+            shifted: Tensor = bare.prepare_decoder_input_ids_from_labels(labels)
+        except (AttributeError, TypeError, ValueError):
+            if first is not None:
+                raise  # Not for want of it: BART begins with another token.
+        else:
+            return shifted
     if first is None:
         raise CheckpointError(
             "config.json has no decoder_start_token_id, the token that every target begins with; "
