@@ -210,10 +210,15 @@ def _describes(sidecar: Sidecar, source: Source) -> bool:
 
 
 def _is_embedding(way: Way) -> bool:
-    factors = factors_of(way.sidecars[0], way.sources[0])
+    return _is_table(way.sidecars[0], way.sources[0])
+
+
+def _is_table(sidecar: Sidecar, source: Source) -> bool:
+    """Whether what a weight got as inputs is known as counts, the diagonal of a matrix."""
+    factors = factors_of(sidecar, source)
     if factors is None:
         return False
-    return len(way.sidecars[0][factors.inputs].shape) < len(way.sources[0].tensor.shape)
+    return len(sidecar[factors.inputs].shape) < len(source.tensor.shape)
 
 
 def _is_again(sidecar: Sidecar, name: str, twins: Iterable[str], measured: Iterable[str]) -> bool:
@@ -256,9 +261,20 @@ def _unlike(slot: Slot, way: Way, remedies: Remedies) -> str | None:
         if first is None:
             first = (said, str(source.model))
         elif said != first[0]:
-            return (
+            told = (
                 f"the {way.kind} of {slot.name} is {first[0]} in {first[1]}, but {said} in "
-                f"{source.model}. Measure both alike ({remedies.of_all} --force), or save the "
+                f"{source.model}."
+            )
+            pairs = zip(way.sidecars, way.sources, strict=True)
+            if len({_is_table(*pair) for pair in pairs}) > 1:
+                return (
+                    f"{told} It is a table of tokens in one of them, and the head's matrix in the "
+                    "other, as where embedding and head are tied in one model only. Save both with "
+                    "one `tie_word_embeddings` and measure them again, or keep it out with "
+                    "`exclude:`."
+                )
+            return (
+                f"{told} Measure both alike ({remedies.of_all} --force), or save the "
                 "models again with one version of transformers."
             )
     return None

@@ -188,6 +188,20 @@ class TestSidecars:
         assert f"{O} is inputs [8, 8] along axis -1 in" in message
         assert "but inputs [8] along axis -1 in" in message
 
+    def test_a_head_that_is_tied_in_one_model_only(self, tmp_path):
+        pair = [
+            make_described(tmp_path / n, "llama", seed=i, tie_word_embeddings=bool(i))
+            for i, n in enumerate("ab")
+        ]
+        name = "model.embed_tokens.weight"
+        pair[1].factors[name] = Factors(inputs=f"{name}.inputs")  # the head's inputs
+        pair[1].stored[f"{name}.inputs"] = torch.eye(8)
+        pair[1].write()
+        message = problems(recipe(pair, base_model=str(pair[1].folder)), tmp_path / "out")[0]
+        assert f"the gram of {name} is inputs [24] along axis -2 in {pair[0].folder}" in message
+        assert "Save both with one `tie_word_embeddings` and measure them again" in message
+        assert "--force" not in message
+
     def test_outputs_of_one_model_only(self, tmp_path):
         pair = [make_described(tmp_path / n, "llama", "kfac", seed=i) for i, n in enumerate("ab")]
         del pair[1].stored[f"{O}.outputs"]
