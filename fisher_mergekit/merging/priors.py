@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source, part_names
 from fisher_mergekit.methods import PRIOR, PRIOR_SIDECAR
 from fisher_mergekit.sidecar.reader import Sidecar
+
+LOG = logging.getLogger(__name__)
 
 KIND = "fisher"
 """What is measured of the base; the kind of the merge is `prior`."""
@@ -55,6 +59,7 @@ def base_sources(
             "`favor_base` and `prior` both say what the base counts where nobody knows anything. "
             "Keep one of the two."
         )
+    _warn_of_shares(wanted, resolved)
     if base not in files:
         return {}, problems  # that its files cannot be read has been told
     found: dict[str, Source] = {}
@@ -88,6 +93,18 @@ def base_sources(
             f"off there: {_without(*lacking)}"
         )
     return found, problems
+
+
+def _warn_of_shares(wanted: Sequence[Slot], resolved: Mapping[str, TensorSettings]) -> None:
+    """Tell of lambdas that were hardly meant to be absolute, such as 70 and 30."""
+    lambdas = max((resolved[slot.name].lambdas for slot in wanted), key=math.fsum)
+    if math.fsum(lambdas) > 2 * len(lambdas):
+        LOG.warning(
+            "With `prior: true` lambdas are absolute: each says how much of its model is added to "
+            "base_model. They sum to %g here, which goes far beyond the models; for shares of one "
+            "whole, divide them by that.",
+            math.fsum(lambdas),
+        )
 
 
 def open_prior(

@@ -154,6 +154,15 @@ def test_layers_that_change_places(family, tmp_path):
         assert_close({n: found[n] for n in pairs}, pairs)
 
 
+@pytest.mark.parametrize(("lambdas", "warns"), [((70, 30), True), ((1, 1.5), False)])
+def test_lambdas_that_were_meant_as_shares_are_told_of(family, tmp_path, caplog, lambdas, warns):
+    found = merged(recipe(family, lambdas=lambdas), tmp_path / "out")
+    assert_close(found, by_hand(family, lambdas), rtol=1e-3, atol=1e-3)
+    told = [r.getMessage() for r in caplog.records if "lambdas are absolute" in r.getMessage()]
+    assert len(told) == warns
+    assert not warns or "They sum to 100 here" in told[0]
+
+
 class TestRefusals:
     def problems(self, content, out):
         with pytest.raises(PlanningError) as info:
