@@ -46,7 +46,10 @@ def subjects(workshop: Path) -> Classifiers:
     """MiniLM on two tasks that have different labels."""
     tasks = (headlines(Sizes(480, 0, 300)), reviews(Sizes(640, 0, 500)))
     return measured_classifiers(
-        workshop / "subjects", *tasks, parameters={"exclude": ["classifier"]}
+        workshop / "subjects",
+        *tasks,
+        kinds="fisher,gram,kfac",
+        parameters={"exclude": ["classifier"]},
     )
 
 

@@ -1,11 +1,12 @@
-"""Two fine-tuned models, measured by one recipe."""
+"""Fine-tuned models, measured by one recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import yaml
 from models import Tensors, read
@@ -53,10 +54,10 @@ class Specialist:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two specialists of one model, measured by a recipe; the first is the recipe's base model."""
+class Measured:
+    """Specialists of one model, measured by a recipe; the first is the recipe's base model."""
 
-    specialists: tuple[Specialist, Specialist]
+    specialists: tuple[Specialist, ...]
     recipe: Path
 
     @property
@@ -69,14 +70,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Classifiers(Pair):
-    """Two classifiers, and the task of each."""
+class Classifiers(Measured):
+    """Classifiers, and the task of each."""
 
-    tasks: tuple[Task, Task]
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True)
-class Writers(Pair):
+class Writers(Measured):
     """Two language models, and the genre of each."""
 
     genres: tuple[Genre, Genre]
@@ -86,16 +87,20 @@ def write_recipe(
     path: Path,
     *specialists: Specialist,
     base: Specialist,
-    lambdas: Sequence[float] = (1.0, 1.0),
+    method: str = "fisher",
+    lambdas: Sequence[float] | None = None,
     **keys: object,
 ) -> Path:
-    """Write a Fisher recipe; `keys` are added to it."""
+    """Write a recipe; `keys` are added to it.
+
+    Lambda is written as `weight`, which mergekit's own methods know as well.
+    """
     models = [
-        {**specialist.entry, "parameters": {"lambda": share}}
-        for specialist, share in zip(specialists, lambdas, strict=True)
+        {**specialist.entry, "parameters": {"weight": share}}
+        for specialist, share in zip(specialists, lambdas or [1.0] * len(specialists), strict=True)
     ]
     content = {
-        "merge_method": "fisher",
+        "merge_method": method,
         "base_model": str(base.folder),
         "models": models,
         "dtype": "float32",
@@ -112,28 +117,35 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def train_classifier(task: Task, folder: Path) -> Specialist:
+def train_classifier(
+    task: Task, folder: Path, *, learning_rate: float = 1e-4, batch_size: int = 32
+) -> Specialist:
     calibration = folder.with_name(f"{folder.name}-train.jsonl")
     task.train.write_jsonl(calibration)
-    finetune(minilm(), task, folder, learning_rate=1e-4, max_length=MAX_LENGTH, quiet=True)
+    finetune(minilm(), task, folder, learning_rate=learning_rate, batch_size=batch_size,
+             max_length=MAX_LENGTH, quiet=True)  # fmt: skip
     return Specialist(folder, calibration)
 
 
-def measured_classifiers(folder: Path, *tasks: Task, **keys: object) -> Classifiers:
-    first, second = tasks
+def measured_classifiers(
+    folder: Path,
+    *tasks: Task,
+    kinds: str = "fisher",
+    training: Mapping[str, Any] | None = None,
+    **keys: object,
+) -> Classifiers:
     folder.mkdir()
     with used_threads(THREADS):
-        specialists = (
-            train_classifier(first, folder / first.name),
-            train_classifier(second, folder / second.name),
+        specialists = tuple(
+            train_classifier(task, folder / task.name, **(training or {})) for task in tasks
         )
     calibration = {"text": "text", "label": "label", "estimator": "exact",
                    "examples": EXAMPLES, "max_length": MAX_LENGTH}  # fmt: skip
     recipe = write_recipe(
         folder / "recipe.yml", *specialists, base=specialists[0], calibration=calibration, **keys
     )
-    run("mergekit-fisher", "precompute", recipe)
-    return Classifiers(specialists, recipe, (first, second))
+    run("mergekit-fisher", "precompute", recipe, "--kind", kinds)
+    return Classifiers(specialists, recipe, tasks)
 
 
 def assert_better_than_chance(model: Path, task: Task) -> None:

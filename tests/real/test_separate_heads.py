@@ -16,11 +16,13 @@ from real.specialists import (
 from running import assert_close
 from transformers import AutoTokenizer
 
+from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.study.evaluate import load
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 HEAD = {"classifier.weight", "classifier.bias"}
+DENSE = "bert.encoder.layer.3.intermediate.dense.weight"
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,40 @@ def test_task_whose_model_has_most_of_the_lambda_is_kept(subjects: Classifiers, 
         out = workshop / f"merged-mostly-{task.name}"
         run("mergekit-yaml", recipe, out)
         assert_better_than_chance(out, task)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "parameters"),
+    [("regmean", "gram", {"offdiagonal": 1.0}), ("mats", "kfac", {"normalize_fishers": False})],
+)
+def test_factors_merge_bodies_and_leave_the_head(
+    subjects: Classifiers, workshop, method, kind, parameters
+):
+    base = subjects.specialists[1]
+    recipe = write_recipe(
+        workshop / f"{method}.yml",
+        *subjects.specialists,
+        base=base,
+        method=method,
+        parameters={"exclude": ["classifier"], **parameters},
+    )
+    out = workshop / f"merged-{method}"
+    run("mergekit-yaml", recipe, out)
+    found = read(out)
+    assert all(torch.equal(found[name], base.thetas[name]) for name in HEAD)
+    # Of one layer the equation Σ Bᵢ (W − Wᵢ) Aᵢ = 0, with what was measured.
+    thetas = [theta[DENSE].double() for theta in subjects.thetas]
+    sidecars = [Sidecar(specialist.sidecar, kind) for specialist in subjects.specialists]
+    factors = [
+        [sidecar.load(name).double() for name in sidecar.measurement.factors[DENSE].names]
+        for sidecar in sidecars
+    ]
+
+    def left(theta: torch.Tensor) -> float:
+        total = torch.zeros_like(theta)
+        for own, (inputs, *outputs) in zip(thetas, factors, strict=True):
+            product = (theta - own) @ inputs
+            total += outputs[0] @ product if outputs else product
+        return float(total.norm())
+
+    assert left(found[DENSE].double()) < 1e-4 * left(sum(thetas) / 2)

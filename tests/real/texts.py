@@ -24,7 +24,7 @@ DOMAINS = {
 }
 
 
-def sentiment(domain: str, sizes: Sizes) -> Task:
+def sentiment(domain: str, sizes: Sizes, *, seed: int = 0) -> Task:
     """Return one of VADER's domains: is this tweet or sentence negative, neutral or positive?"""
     with tarfile.open(VADER.bring()) as package:
         data = read(package, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
@@ -34,7 +34,7 @@ def sentiment(domain: str, sizes: Sizes) -> Task:
     for line in lines.splitlines():
         _, rating, text = line.split("\t")
         rows.append((text, 1 + (float(rating) > NEUTRAL) - (float(rating) < -NEUTRAL)))
-    return split(domain, SENTIMENTS, rows, sizes)
+    return split(domain, SENTIMENTS, rows, sizes, seed=seed)
 
 
 @dataclass(frozen=True)
