@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.errors import MeasureError, SidecarError
 from fisher_mergekit.measure.adapter import ADAPTER_STEM
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES
 from fisher_mergekit.measure.kinds import need_gradients
@@ -68,8 +68,20 @@ def missing_kinds(job: Job) -> tuple[str, ...]:
 
     Raises:
         SidecarError: there is a valid one that was measured in another way than asked for.
+        MeasureError: a kind that an optimizer does not keep.
     """
+    check_state_kinds(job)
     return tuple(kind for kind in job.kinds if existing_sidecar(job, kind) is None)
+
+
+def check_state_kinds(job: Job) -> None:
+    """Raise MeasureError for a kind that is asked of an optimizer's state, which has but one."""
+    others = [kind for kind in job.kinds if kind != "fisher"]
+    if job.calibration.optimizer is not None and others:
+        raise MeasureError(
+            f"an optimizer's state has no {others[0]}: Adam keeps one number a parameter, a "
+            "diagonal. Measure this model on data, or merge with `merge_method: fisher`."
+        )
 
 
 def existing_sidecar(job: Job, kind: str) -> Sidecar | None:
@@ -124,6 +136,11 @@ def _differences(job: Job, kind: str, measurement: Measurement) -> list[str]:
             "mask_prompt": (settings.mask_prompt, asked.mask_prompt),
             "dtype": (settings.compute_dtype, asked.dtype),
         }
+    was_state, is_state = recorded.get("optimizer"), asked.optimizer
+    if (was_state is None) != (is_state is None) and (is_state or asked.path):
+        of = ["data" if state is None else f"an optimizer's state, {state}" for state in
+              (was_state, is_state)]  # fmt: skip
+        return [f"it was taken from {of[0]}, now from {of[1]}"]
     if "data" in source:
         where = "path" if asked.optimizer is None else "optimizer"
         pairs[f"the content of {where}"] = (recorded.get("data"), source["data"])

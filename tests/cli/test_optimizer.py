@@ -95,7 +95,7 @@ def test_a_valid_sidecar_is_kept_and_one_of_another_state_is_not(folder: Path) -
     assert "is valid, nothing to measure" in succeed(*arguments)
     data = write_rows(folder / "data.jsonl")
     said = refuse("--model", one, "--path", data, "--text", "text")
-    assert f"optimizer was '{one}', now None" in said
+    assert f"it was taken from an optimizer's state, {one}, now from data." in said
     path = one / "optimizer.pt"
     content = torch.load(path, weights_only=True)
     for state in content["state"].values():
@@ -178,3 +178,13 @@ def test_all_that_is_wrong_is_said_at_once(folder: Path) -> None:
     said = refuse(optimizer_recipe(folder))
     assert "is cut short" in said
     assert f"{folder / 'two'} has no optimizer.pt" in said
+
+
+def test_kinds_that_adam_does_not_keep_are_refused_whatever_is_there(folder: Path) -> None:
+    """Not after `--force` only, which a sidecar of another source asks for."""
+    one, data = folder / "one", write_rows(folder / "data.jsonl")
+    succeed("--model", one, "--path", data, "--text", "text", "--kind", "gram,fisher")
+    said = refuse("--model", one, "--optimizer", one, "--kind", "gram")
+    assert "an optimizer's state has no gram" in said
+    said = refuse("--model", one, "--optimizer", one)
+    assert f"it was taken from data, now from an optimizer's state, {one}. Measure it" in said

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fisher_mergekit.errors import MeasureError
-from fisher_mergekit.measure.job import Job
+from fisher_mergekit.measure.job import Job, check_state_kinds
 from fisher_mergekit.measure.kinds import Measured
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
@@ -60,12 +60,7 @@ def prepare(job: Job) -> PreparedState:
         FisherMergekitError: files that are missing, damaged, or do not belong together, another
             optimizer, an unknown head, or a kind that Adam does not keep.
     """
-    others = [kind for kind in job.kinds if kind != "fisher"]
-    if others:
-        raise MeasureError(
-            f"an optimizer's state has no {others[0]}: Adam keeps one number a parameter, a "
-            "diagonal. Measure this model on data, or merge with `merge_method: fisher`."
-        )
+    check_state_kinds(job)
     if job.base is not None:
         raise MeasureError(
             f"{job.folder} is an adapter alone; an optimizer's state is read for whole models "
