@@ -110,27 +110,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def report(shape: Shape, folder: Path, methods: Sequence[str], rounds: int, threads: int) -> None:
     """Print the rows of one shape."""
     kinds = [kind for kind in KINDS if any(kind in METHODS[method] for method in methods)]
-    models = [make(shape, folder / str(seed), seed, kinds) for seed in (1, 2)]
+    models = [folder / str(seed) for seed in (1, 2)]
+    for seed, model in enumerate(models):
+        alone(make, shape, model, seed, kinds, threads)  # which gives its memory back
     parameters = sum(info.count for info in Checkpoint(models[0]).values()) / 1e9
     print(f"\n{shape.name} ({1000 * parameters:.1f}M parameters, two models)", flush=True)
-    found: dict[str, tuple[float, float, float]] = {}
-    reading: dict[str, float] = {}
-    for _ in range(rounds):
-        for method in methods:
-            merged, memory = alone(merge, models, method, folder / "out", threads)
-            read, _ = alone(read_all, models, method, threads)
-            best = found.get(method, (float("inf"), 0.0, 0.0))
-            found[method] = (min(best[0], merged), max(best[1], memory), size(models, method))
-            reading[method] = min(reading.get(method, float("inf")), read)
-    for method, (seconds, memory, bytes_read) in found.items():
-        of_linear = f"{seconds / found['linear'][0]:.2f}" if "linear" in found else ""
-        texts = [f"{seconds:.2f}", of_linear, f"{seconds / reading[method]:.1f}"]
-        texts += [f"{seconds / parameters:.1f}", f"{bytes_read / parameters / 1e9:.1f}"]
-        print(cells(f"  {method}", [*texts, f"{memory:.0f}"]), flush=True)
+    linear = 0.0
+    for method in methods:
+        merges = [alone(merge, models, method, folder / "out", threads) for _ in range(rounds)]
+        reads = [alone(read_all, models, method, threads) for _ in range(rounds)]
+        seconds, memory = min(t for t, _ in merges), max(m for _, m in merges)
+        linear = seconds if method == "linear" else linear
+        texts = [f"{seconds:.2f}", f"{seconds / linear:.1f}" if linear else ""]
+        texts += [f"{seconds / min(t for t, _ in reads):.1f}", f"{seconds / parameters:.0f}"]
+        texts += [f"{size(models, method) / parameters / 1e9:.1f}", f"{memory:.0f}"]
+        print(cells(f"  {method}", texts), flush=True)
 
 
-def make(shape: Shape, folder: Path, seed: int, kinds: Sequence[str]) -> Path:
-    """Write a model and its sidecars; return its folder."""
+def make(shape: Shape, folder: Path, seed: int, kinds: Sequence[str]) -> None:
+    """Write a model and its sidecars."""
     torch.manual_seed(seed)
     shape.load().save_pretrained(folder)
 
@@ -160,7 +158,6 @@ def make(shape: Shape, folder: Path, seed: int, kinds: Sequence[str]) -> Path:
             unmeasured=stored.undescribed,
         )
         write_sidecar(folder / "sidecar", kind, identity, measurement, stored.tensors)
-    return folder
 
 
 def files(models: Sequence[Path], method: str) -> list[Checkpoint]:
