@@ -33,10 +33,13 @@ from fisher_mergekit.precision.kronecker import (
     common_basis,
     diagonal,
     divided,
+    shrunk,
     size,
     times,
 )
 
+OFFDIAGONAL = 1.0
+"""Default factor of the off-diagonals: the paper's."""
 TOLERANCE = 1e-6
 """Default relative residual to stop at: what the measured factors' own rounding amounts to."""
 ITERATIONS = 1000
@@ -99,9 +102,15 @@ def _product(b: Tensor, x: Tensor, a: Tensor) -> Tensor:
     return times(b, times(a, x.mT).mT)
 
 
-def common(inputs: Sequence[Tensor], lambdas: Sequence[float], **_: Any) -> Basis:
+def common(
+    inputs: Sequence[Tensor],
+    lambdas: Sequence[float],
+    *,
+    offdiagonal: float = OFFDIAGONAL,
+    **_: Any,
+) -> Basis:
     """Return a basis for the inputs: one for all layers that share them."""
-    return common_basis([as_factor(inputs[i]) for i in counting(lambdas)])
+    return common_basis([shrunk(as_factor(inputs[i]), offdiagonal) for i in counting(lambdas)])
 
 
 def system(
@@ -110,6 +119,7 @@ def system(
     *,
     scales: Sequence[float] | None = None,
     normalize: bool = True,
+    offdiagonal: float = OFFDIAGONAL,
     tolerance: float = TOLERANCE,
     iterations: int = ITERATIONS,
     shared: Basis | None = None,
@@ -122,6 +132,7 @@ def system(
         lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
         scales: each model's root mean square over everything that is merged, positive.
         normalize: divide each precision by its scale, where there are any.
+        offdiagonal: 0 to 1, what the off-diagonals of both factors are multiplied by.
         tolerance: relative residual to stop at.
         iterations: at most so many.
         shared: what `common` gives for these inputs, if it is there already.
@@ -132,10 +143,12 @@ def system(
         smallest = min(scales[i] for i in models)
         lambdas = [lam and lam * (smallest / s) for lam, s in zip(lambdas, scales, strict=True)]
     if all(len(precisions[i]) == 1 for i in models):
-        return gram.system(precisions, lambdas, offdiagonal=1.0)
-    inputs = [as_factor(a) for a, _ in precisions]
-    outputs = [as_factor(b) for _, b in precisions]
-    bases = (common_basis([outputs[i] for i in models]), shared or common(inputs, lambdas))
+        return gram.system(precisions, lambdas, offdiagonal=offdiagonal)
+    inputs, outputs = (
+        [shrunk(as_factor(pair[side]), offdiagonal) for pair in precisions] for side in (0, 1)
+    )
+    shared = shared or common_basis([inputs[i] for i in models])
+    bases = (common_basis([outputs[i] for i in models]), shared)
 
     # Precisions are taken relative to the sum of their sizes: numbers of any size are tame.
     sizes = {i: size(inputs[i]) * size(outputs[i]) for i in models}

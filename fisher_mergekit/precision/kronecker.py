@@ -52,6 +52,15 @@ def times(factor: Tensor, x: Tensor, offdiagonal: float = 1.0) -> Tensor:
     return product
 
 
+def shrunk(factor: Tensor, offdiagonal: float) -> Tensor:
+    """Return a factor with its off-diagonals multiplied, in its own dtype."""
+    if is_diagonal(factor) or offdiagonal == 1:
+        return factor
+    result = factor * offdiagonal
+    result.diagonal(dim1=-2, dim2=-1).copy_(factor.diagonal(dim1=-2, dim2=-1))
+    return result
+
+
 def weighted_sum(
     factors: Sequence[Tensor],
     weights: Sequence[float | Tensor],

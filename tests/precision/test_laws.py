@@ -95,7 +95,8 @@ def problem_of(kind, form, count, seed):
         precisions = [
             (factor(generator, WIDTH, form), factor(generator, OUT, "matrix")) for _ in range(count)
         ]
-        options = {"scales": scales, "tolerance": 1e-12}
+        offdiagonal = (1.0, 0.9)[seed % 2]
+        options = {"scales": scales, "tolerance": 1e-12, "offdiagonal": offdiagonal}
     return Problem(kind, thetas, precisions, lambdas, options)
 
 
