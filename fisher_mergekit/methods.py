@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
             reference_url="https://arxiv.org/abs/2312.04339",
             parameters=(
                 MethodParameter("normalize_fishers", bool, True),
-                MethodParameter("offdiagonal", float, 1.0, most=1.0),
+                MethodParameter("offdiagonal", float, 0.9, most=1.0),
                 MethodParameter("tolerance", float, 1e-6),
                 MethodParameter("iterations", int, 1000, least=1),
                 EMBEDDINGS,

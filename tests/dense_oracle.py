@@ -37,7 +37,7 @@ def gram(shape, precision, lam, *, offdiagonal=0.9) -> Tensor:
     return lam * torch.kron(outputs, shrunk(precision[0], offdiagonal))
 
 
-def kfac(shape, precision, lam, *, scale=1.0, offdiagonal=1.0) -> Tensor:
+def kfac(shape, precision, lam, *, scale=1.0, offdiagonal=0.9) -> Tensor:
     inputs, outputs = (shrunk(factor, offdiagonal) for factor in precision)
     return lam / scale * torch.kron(outputs, inputs)
 

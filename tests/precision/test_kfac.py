@@ -1,6 +1,7 @@
 """Kronecker factors on both sides: the iteration, its limits, and factors of any rank."""
 
 import logging
+from functools import partial
 
 import dense_oracle
 import pytest
@@ -8,8 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisher_mergekit.precision import equation, kfac, solve
+from fisher_mergekit import precision
+from fisher_mergekit.precision import equation, kfac
 from fisher_mergekit.precision.kronecker import noise
+
+solve = partial(precision.solve, offdiagonal=1.0)
+"""With whole factors, which make the hard systems; `offdiagonal` is in test_laws.py."""
 
 OUT, WIDTH = 6, 8
 
@@ -39,7 +44,7 @@ def lines(caplog, level):
 def test_it_converges_to_the_dense_solution(count):
     thetas, precisions, lambdas = problem(count)
     matrices = [
-        dense_oracle.kfac(theta.shape, precision, lam)
+        dense_oracle.kfac(theta.shape, precision, lam, offdiagonal=1.0)
         for theta, precision, lam in zip(thetas, precisions, lambdas, strict=True)
     ]
     expected = dense_oracle.solution(matrices, thetas)
@@ -193,11 +198,11 @@ def test_directions_that_nobody_saw_keep_the_mean():
 
 def test_the_basis_of_shared_inputs_serves_every_layer():
     thetas, precisions, lambdas = problem(3)
-    shared = kfac.common([a for a, _ in precisions], lambdas)
+    shared = kfac.common([a for a, _ in precisions], lambdas, offdiagonal=1.0)
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
         own = [(a, factor(generator, OUT, 20)) for a, _ in precisions]
-        system = kfac.system(own, lambdas, shared=shared, tolerance=1e-12)
+        system = kfac.system(own, lambdas, offdiagonal=1.0, shared=shared, tolerance=1e-12)
         found = equation.solve(system, thetas, lambdas)
         alone = solve("kfac", thetas, own, lambdas, tolerance=1e-12)
         torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-7)
