@@ -95,7 +95,10 @@ def test_task_whose_model_has_most_of_the_lambda_is_kept(subjects: Classifiers, 
 
 @pytest.mark.parametrize(
     ("method", "kind", "parameters"),
-    [("regmean", "gram", {"offdiagonal": 1.0}), ("mats", "kfac", {"normalize_fishers": False})],
+    [
+        ("regmean", "gram", {"offdiagonal": 1.0}),
+        ("mats", "kfac", {"normalize_fishers": False, "offdiagonal": 1.0}),
+    ],
 )
 def test_factors_merge_bodies_and_leave_the_head(
     subjects: Classifiers, workshop, method, kind, parameters
