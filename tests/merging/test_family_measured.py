@@ -65,8 +65,7 @@ def test_measured_and_merged(tmp_path, kind, method, family):
 
 
 def factors(made, name):
-    """Return the factors of a weight as matrices, the outputs' too."""
-    inputs, *outputs = map(dense_oracle.as_matrix, made.precision(name))
-    if made.kind == "gram":
-        inputs = dense_oracle.shrunk(inputs, 0.9)
+    """Return the factors of a weight as the merge takes them, the outputs' too."""
+    stored = map(dense_oracle.as_matrix, made.precision(name))
+    inputs, *outputs = (dense_oracle.shrunk(factor, 0.9) for factor in stored)
     return inputs, *(outputs or [torch.eye(len(made.matrix(name))).double()])

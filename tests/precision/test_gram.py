@@ -77,8 +77,9 @@ def test_laws_for_inputs_of_any_rank(problem, offdiagonal, ridge):
     same(solve("gram", *backwards, **options))
     equal = solve("gram", thetas, grams(inputs[:1]) * len(thetas), lambdas, **options)
     if ridge == 0:
+        # An eigenvalue of 1e-5 counts as seen, and magnifies the rounding of θᵢ − θ̄ by as much.
         mean = solve("identity", thetas, [()] * len(thetas), lambdas)
-        torch.testing.assert_close(equal, mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(equal, mean, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("offdiagonal", [0.9, 1.0])
