@@ -14,6 +14,7 @@
     ways.py       by which kind each tensor is merged, and the kinds' scales
     build.py      from ways to tasks; layers that share their inputs
     tasks.py      mergekit graph tasks: load a theta, load a precision, merge, copy
+    card.py       the merged model's README.md: what was measured of each model
 
 A merge is planned like this: mergekit's own walk over modules, slices and layers is recorded
 instead of turned into tasks; the record is checked, every problem at once, before any weight is

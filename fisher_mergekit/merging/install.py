@@ -1,4 +1,4 @@
-"""Registers our methods with mergekit, and wraps `MergePlanner._plan` once.
+"""Registers our methods with mergekit, and wraps `MergePlanner._plan` once, and its model card.
 
 The start-up hook calls `register()` when `mergekit.merge_methods` has been executed, and `patch()`
 when `mergekit.plan` has. At the time of the first call the second module may be half imported, so
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -74,10 +75,35 @@ def patch() -> None:
             return
         from fisher_mergekit.merging.planner import plan
 
+        patch_card()
         plan(self, walk=functools.partial(original, self))
 
     setattr(_plan, _PATCHED, True)
     MergePlanner._plan = _plan
+
+
+def patch_card() -> None:
+    """Let `mergekit.merge` write our section into the cards of our recipes.
+
+    This happens when the first recipe of ours is planned, so merges by other methods never see it.
+    A mergekit that writes its cards elsewhere writes them without the section.
+    """
+    merge: Any = sys.modules.get("mergekit.merge")  # not there where merges stay in memory
+    original = getattr(merge, "generate_card", None)
+    if original is None or hasattr(original, _PATCHED):
+        return
+
+    @functools.wraps(original)
+    def generate_card(config: Any, *args: Any, **kwargs: Any) -> str:
+        if config.merge_method not in METHODS:
+            card: str = original(config, *args, **kwargs)
+            return card
+        from fisher_mergekit.merging.card import generate
+
+        return generate(original, config, *args, **kwargs)
+
+    setattr(generate_card, _PATCHED, True)
+    merge.generate_card = generate_card
 
 
 def check_version(version: str) -> None:

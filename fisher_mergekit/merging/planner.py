@@ -12,7 +12,7 @@ from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.plan import MergePlanner
 
 from fisher_mergekit.errors import PlanningError, RecipeError
-from fisher_mergekit.merging import checks, exclude, priors, settings, sidecars, slots
+from fisher_mergekit.merging import card, checks, exclude, priors, settings, sidecars, slots
 from fisher_mergekit.merging.build import Builder
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.pieces import with_pieces
@@ -98,6 +98,8 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
                 has_base=config.base_model is not None,
             ),
         )
+    if options.write_model_card:
+        card.note(config, outputs, decision)
     builder = Builder(decision, config, options)
     planner._tensors.extend((slot.weight, builder.task(slot)) for slot in outputs)
 
