@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fisher_mergekit.methods import METHODS
 from fisher_mergekit.sidecar.header import NONE, Header, Measurement, Settings
 
 KIND_NAMES = {
@@ -16,6 +19,10 @@ KIND_NAMES = {
 
 _DATA_FIRST = ("path", "name", "split", "text", "messages", "label", "optimizer", "steps")
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@]+)?", re.ASCII)
+"""An owner and a name, perhaps with a revision; what begins with a dot, or has more parts, is a
+folder."""
+
 PAGE_NAME = "README.md"
 PAGE_MARK = "library_name: fisher_mergekit"
 """By this line a page of ours is known."""
@@ -23,11 +30,11 @@ PAGE_MARK = "library_name: fisher_mergekit"
 _PAGE = """\
 ---
 {mark}
-tags: [fisher, mergekit, merge]
+tags: [fisher-information, mergekit, merge]
 ---
-# What {reference} is sure of
+# What {name} is sure of
 
-These files hold statistics of **{reference}**{revision} ({architecture}), measured once so that
+These files hold statistics of **{links}**{revision} ({architecture}), measured once so that
 anyone can merge the model weighted by what it knows, with
 [mergekit](https://github.com/arcee-ai/mergekit) and `fisher_mergekit`. They contain no weights and
 no text.
@@ -35,14 +42,25 @@ no text.
 {kinds}
 ## Use
 
-```sh
-pip install fisher_mergekit
-mergekit-yaml recipe.yml out/
+With `fisher_mergekit` installed, mergekit's own command reads them:
+
+```yaml
+# recipe.yml
+merge_method: {method}
+models:
+  - model: {model}
+    parameters: {{lambda: 0.5, sidecar: ./sidecar}}     # these files
+  - model: ANOTHER
+    parameters: {{lambda: 0.5}}                         # has a sidecar/ in its own folder
 ```
 
-with a recipe that names the model. A folder called `sidecar/` inside the model's own folder is
-found by itself; elsewhere, write `parameters: {{sidecar: PATH}}` beside the model.
-`mergekit-fisher inspect PATH` shows the content.
+```sh
+mergekit-yaml recipe.yml merged/
+```
+
+A folder called `sidecar/` in the model's own folder, or in its repository on the Hub, is found by
+itself; then leave `sidecar:` out. The merge checks that the model's weights are those that were
+measured. `mergekit-fisher inspect ./sidecar` shows the content.
 """
 
 _KIND = """\
@@ -56,15 +74,34 @@ _KIND = """\
 
 
 def render_page(header: Header) -> str:
-    """Return the Markdown page of a sidecar."""
+    """Return the Markdown page of a sidecar; nothing in it has to be filled in to publish it."""
     model = header.model
+    parts = model.reference.split("+")
+    on_hub = all(map(is_hub_name, parts))
+    # Where the model lies on its author's disk is of no use to anybody else.
+    names = parts if on_hub else [Path(part).name for part in parts]
+    revision = model.revision
+    methods = [row.name for row in METHODS.values() if row.kind in header.kinds] or ["fisher"]
     return _PAGE.format(
         mark=PAGE_MARK,
-        reference=model.reference,
-        revision=f" at revision `{model.revision}`" if model.revision else "",
+        name="+".join(names),
+        links=" + ".join(map(_link, names) if on_hub else names),
+        revision=f" at revision `{revision}`" if revision else "",
         architecture=model.architecture,
         kinds="".join(_kind(kind, m) for kind, m in sorted(header.kinds.items())),
+        method=methods[0] + "".join(f"     # or {', '.join(methods[1:])}" for _ in methods[1:2]),
+        model="+".join(names) + (f"@{revision}" if revision else "") if on_hub else "MODEL",
     )
+
+
+def is_hub_name(reference: str) -> bool:
+    """Whether a model's reference is a name on the Hub, as far as can be told without asking it."""
+    return bool(_HUB_NAME.fullmatch(reference)) and not Path(reference).exists()
+
+
+def _link(name: str) -> str:
+    path, _, revision = name.partition("@")
+    return f"[{name}](https://huggingface.co/{path}{f'/tree/{revision}' if revision else ''})"
 
 
 def _kind(kind: str, measurement: Measurement) -> str:
