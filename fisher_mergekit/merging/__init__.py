@@ -7,6 +7,7 @@
     slots.py      an output tensor and the models' tensors that go into it
     settings.py   lambda and the method's parameters, resolved for one output tensor
     checks.py     what is wrong with a recipe and its tensors
+    depth.py      how many layers a sliced recipe makes, and what the output's config says of them
     exclude.py    which tensors the recipe keeps out, and which it should
     sidecars.py   the models' sidecars: found, opened, checked
     priors.py     base_model's own Fisher, where it is a prior

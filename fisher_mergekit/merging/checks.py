@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.options import MergeOptions
 
 from fisher_mergekit.errors import CheckpointError
@@ -45,11 +45,17 @@ def recipe(config: MergeConfiguration, options: MergeOptions) -> list[str]:
     name = config.merge_method
     problems = parameter_problems(config)
     for models in _model_lists(config):
-        repeated = {str(model) for model in models if models.count(model) > 1}
         problems += [
             f"{model} is listed twice in one merge; list it once, with the sum of its lambdas."
-            for model in sorted(repeated)
+            for model in _repeated(models)
         ]
+    problems += [
+        f"{model} is twice in one slice, and mergekit tells inputs apart by their names only. To "
+        "merge layers of one model with each other, spell its folder in two ways: "
+        f"{model} and {str(model).rstrip('/')}/."
+        for piece in _slices(config)
+        for model in _repeated([source.model for source in piece.sources])
+    ]
     if config.tokenizer_source is not None or config.tokenizer is not None:
         key = "tokenizer" if config.tokenizer is not None else "tokenizer_source"
         problems.append(
@@ -73,12 +79,17 @@ def recipe(config: MergeConfiguration, options: MergeOptions) -> list[str]:
 
 
 def _model_lists(config: MergeConfiguration) -> list[list[ModelReference]]:
-    lists = [config.models or []]
+    lists = [config.models, *(module.models for module in (config.modules or {}).values())]
+    return [[entry.model for entry in models] for models in lists if models]
+
+
+def _slices(config: MergeConfiguration) -> list[OutputSliceDefinition]:
     slices = list(config.slices or [])
-    for module in (config.modules or {}).values():
-        lists.append(module.models or [])
-        slices += module.slices or []
-    return [[m.model for m in models] for models in [*lists, *(s.sources for s in slices)]]
+    return [*slices, *(s for m in (config.modules or {}).values() for s in m.slices or ())]
+
+
+def _repeated(models: Sequence[ModelReference]) -> list[str]:
+    return sorted({str(model) for model in models if models.count(model) > 1})
 
 
 def _dtype_problems(key: str, name: str | None) -> list[str]:

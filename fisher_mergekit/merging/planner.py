@@ -12,7 +12,16 @@ from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.plan import MergePlanner
 
 from fisher_mergekit.errors import PlanningError, RecipeError
-from fisher_mergekit.merging import card, checks, exclude, priors, settings, sidecars, slots
+from fisher_mergekit.merging import (
+    card,
+    checks,
+    depth,
+    exclude,
+    priors,
+    settings,
+    sidecars,
+    slots,
+)
 from fisher_mergekit.merging.build import Builder
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.pieces import with_pieces
@@ -62,9 +71,17 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     problems += checks.tensors(outputs, patterns, config.base_model, files, head)
     if not all(slot.is_complete for slot in outputs):
         problems += [f"{m}: {held.trouble}" for m, held in files.items() if held.trouble]
-    if not sliced:
-        problems += checks.output_config(outputs, planner.arch_info, planner.out_model_config)
-    if not (sliced or problems):
+    problems += (
+        depth.settle(
+            config.modules,
+            planner.arch_info,
+            planner.out_model_config,
+            trust_remote_code=options.trust_remote_code,
+        )
+        if sliced
+        else checks.output_config(outputs, planner.arch_info, planner.out_model_config)
+    )
+    if not problems:
         problems += checks.loads(outputs, planner.out_model_config)
 
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
