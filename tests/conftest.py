@@ -7,7 +7,14 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "laws", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("quick", parent=settings.get_profile("laws"), max_examples=15)
 settings.load_profile("laws")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a run without the slow tests try fewer examples of each law."""
+    if "not slow" in config.getoption("markexpr", ""):
+        settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

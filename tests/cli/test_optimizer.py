@@ -18,6 +18,8 @@ from training import Oracle, load, train
 from fisher_mergekit.cli import main
 from fisher_mergekit.sidecar.reader import Sidecar
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, dict[str, Tensors]]:

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from fisher_mergekit.sidecar.reader import Sidecar
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def saved(folder, name):
     """Save a head's tiny model, with a tokenizer that can do everything, or an image processor."""

@@ -17,6 +17,8 @@ from fisher_mergekit.measure.precompute import precompute, prepare
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.reader import Sidecar
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def taken(model: Path, optimizer: Path | None = None, **calibration: object) -> Sidecar:
     """Read the optimizer's state for a model; return the sidecar."""

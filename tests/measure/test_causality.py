@@ -11,6 +11,8 @@ from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import collate
 from fisher_mergekit.measure.causality import check_causal
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 BERT = FAMILIES["bert"][1]
 XLNET = {"vocab_size": VOCABULARY, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 16}
 

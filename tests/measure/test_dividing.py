@@ -110,6 +110,7 @@ def fusions(draw) -> Fusion:
 
 @settings(max_examples=300, deadline=None)
 @given(fusion=fusions(), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_every_matrix_in_the_files_has_the_factors_of_what_it_multiplies(fusion, seed):
     generator = torch.Generator().manual_seed(seed)
 

@@ -18,6 +18,8 @@ from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.causal_lm import next_tokens
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 WIDTH = 6
 
 

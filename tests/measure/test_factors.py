@@ -16,6 +16,8 @@ from fisher_mergekit.measure.factors import Factors
 from fisher_mergekit.measure.inputs import Use, add_moment, fill_lower
 from fisher_mergekit.measure.likelihoods import likelihood_for
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def factors_of(
     model, examples, estimator="exact", *, outputs=True, squares=False, batch_size=3, fast=True

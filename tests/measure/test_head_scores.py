@@ -14,6 +14,8 @@ from models import VOCABULARY
 from fisher_mergekit.measure.batches import Example, collate
 from fisher_mergekit.measure.likelihoods import likelihood_for
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 CLASSES = 3
 KINDS = {
     "token classes": (4, CLASSES),

@@ -14,6 +14,8 @@ from oracles import assert_same_fishers
 from fisher_mergekit.measure.batches import collate
 from fisher_mergekit.measure.likelihoods import likelihood_for
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 BATCH_SIZES = (1, 3)
 ENUMERABLE = [name for name, head in HEADS.items() if head.outcomes or "number" in name]
 

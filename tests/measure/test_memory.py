@@ -20,6 +20,8 @@ from fisher_mergekit.measure.kinds import Measured, kind_for, needs_of
 from fisher_mergekit.sidecar.header import Settings
 from fisher_mergekit.sidecar.layout import Group
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 BUFFER = 2 * 2**20
 """What may be added to everything: squares of one small block, ids, lists of examples."""
 

@@ -20,6 +20,8 @@ from fisher_mergekit.measure.batches import collate
 from fisher_mergekit.measure.checkpointing import checkpoint_layers
 from fisher_mergekit.sidecar.reader import Sidecar
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def attending(model, way):
     model = copy.deepcopy(model)

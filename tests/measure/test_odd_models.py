@@ -15,6 +15,8 @@ from torch import nn
 
 from fisher_mergekit.measure.likelihoods.regression import Regression
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 class BareParameter(Odd):
     """A parameter in the parent itself: no layer."""

@@ -24,6 +24,8 @@ from fisher_mergekit.measure.sources.optimizer import read_state
 from fisher_mergekit.measure.sources.order import assign
 from fisher_mergekit.recipe import Calibration
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def refused(model: Path, optimizer: Path | None = None, kind: str = "fisher") -> str:
     """Return the one sentence with which a state is refused, before a model is loaded."""

@@ -26,6 +26,8 @@ from fisher_mergekit.errors import MeasureError, PlanningError
 from fisher_mergekit.measure.batches import batches
 from fisher_mergekit.precision import solve
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 BATCH = 4
 """So that nine examples are three batches, padded, of which the last is smaller."""
 

@@ -25,6 +25,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from fisher_mergekit.errors import PlanningError
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def parameters(folder, family):
     """Return what transformers loads, of which nothing may be drawn at random."""

@@ -45,17 +45,9 @@ def check(found, expected, **tolerance):
     assert_close(found, expected, **(tolerance or {"rtol": 1e-4, "atol": 1e-4}))
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"),
-    [
-        ("gram", "bert"),
-        pytest.param("gram", "llama", marks=pytest.mark.slow),
-        pytest.param("gram", "gpt2", marks=pytest.mark.slow),
-        pytest.param("kfac", "bert", marks=pytest.mark.slow),
-        pytest.param("kfac", "llama", marks=pytest.mark.slow),
-        pytest.param("kfac", "gpt2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gram", "kfac"])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_by_the_command(tmp_path, kind, family):
     """Heads of different size, shared inputs, and transposed layers with a tied head."""
     classifies = family == "bert"

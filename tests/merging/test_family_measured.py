@@ -12,6 +12,8 @@ from running import merged
 
 from fisher_mergekit.sidecar.reader import Sidecar
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 def described(folder, kind):
     sidecar = Sidecar(folder / "sidecar", kind)
