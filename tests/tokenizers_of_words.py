@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from models import VOCABULARY
@@ -24,9 +25,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def give_tokenizer(folder: Path, *, chat: bool = False, pairs: bool = True) -> None:
-    """Save a tokenizer into a model's folder."""
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *WORDS))}
+def give_tokenizer(
+    folder: Path,
+    *,
+    chat: bool = False,
+    pairs: bool = True,
+    tokens: Sequence[str] = (*SPECIAL, *WORDS),
+) -> None:
+    """Save a tokenizer into a model's folder; it numbers the tokens as they come."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     if pairs:

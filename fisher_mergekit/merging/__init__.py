@@ -7,6 +7,8 @@
     slots.py      an output tensor and the models' tensors that go into it
     settings.py   lambda and the method's parameters, resolved for one output tensor
     checks.py     what is wrong with a recipe and its tensors
+    output.py     what is wrong with the model that would be written
+    vocabulary.py the output's tokenizer, and what the recipe says of tokens
     depth.py      how many layers a sliced recipe makes, and what the output's config says of them
     exclude.py    which tensors the recipe keeps out, and which it should
     sidecars.py   the models' sidecars: found, opened, checked
@@ -14,6 +16,7 @@
     pieces.py     what is put together while loading, as it is in the files
     ways.py       by which kind each tensor is merged, and the kinds' scales
     build.py      from ways to tasks; layers that share their inputs
+    aligning.py   tasks: tables of tokens, and what was measured of them, brought in line
     tasks.py      mergekit graph tasks: load a theta, load a precision, merge, copy
     card.py       the merged model's README.md: what was measured of each model
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
 
+from fisher_mergekit.merging.aligning import (
+    AlignPrecision,
+    AlignThetas,
+    FirstRows,
+    Gather,
+    OwnRows,
+    PickTheta,
+    TruncateThetas,
+)
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source
 from fisher_mergekit.merging.tasks import (
@@ -18,9 +28,12 @@ from fisher_mergekit.merging.tasks import (
     LoadTheta,
     MergeTask,
     Options,
+    Precision,
     SharedTask,
+    Theta,
 )
-from fisher_mergekit.merging.ways import Decision, Way, factors_of
+from fisher_mergekit.merging.vocabulary import Vocabulary
+from fisher_mergekit.merging.ways import Decision, Way, factors_of, runs_along_tokens
 from fisher_mergekit.precision import kind_for
 from fisher_mergekit.precision.prior import with_base
 from fisher_mergekit.sidecar.reader import Sidecar
@@ -33,10 +46,18 @@ class Builder:
         decision: how everything is merged.
         config: the recipe.
         options: mergekit's.
+        tokens: what becomes of the tables of tokens.
     """
 
-    def __init__(self, decision: Decision, config: MergeConfiguration, options: MergeOptions):
+    def __init__(
+        self,
+        decision: Decision,
+        config: MergeConfiguration,
+        options: MergeOptions,
+        tokens: Vocabulary,
+    ):
         self._decision = decision
+        self._tokens = tokens
         self._config = config
         self._device = options.device if options.read_to_gpu else None
         # Layers that share their inputs are merged together, under the first one's name.
@@ -59,7 +80,8 @@ class Builder:
         if slot.name in self._decision.ways:
             return self._merge(slot)
         dtype = self._dtype(slot) if slot.is_floating else slot.weight.force_dtype
-        return CopyTask(name=slot.name, theta=self._theta(slot.sources[0], slot.name), dtype=dtype)
+        (theta, *_) = self._thetas(slot, slot.sources[:1], slot.name)
+        return CopyTask(name=slot.name, theta=theta, dtype=dtype)
 
     def _dtype(self, slot: Slot) -> str | None:
         """Return what to cast to, once: what is written, not what mergekit would compute in."""
@@ -73,11 +95,13 @@ class Builder:
         if way.has_base:
             lambdas = with_base(lambdas)
         group, label = self._labels(slot.name, way)
-        precisions: tuple[tuple[LoadPrecision, ...], ...] = ((),) * len(way.sources)
+        precisions: tuple[tuple[Precision, ...], ...] = ((),) * len(way.sources)
         if way.sidecars:
             precisions = tuple(
-                _precisions(source, sidecar, group, label)
-                for source, sidecar in zip(way.sources, way.sidecars, strict=True)
+                self._aligned(slot, way, index, _precisions(source, sidecar, group, label))
+                for index, (source, sidecar) in enumerate(
+                    zip(way.sources, way.sidecars, strict=True)
+                )
             )
         kind = kind_for(way.kind)
         shared = None
@@ -92,24 +116,90 @@ class Builder:
         return MergeTask(
             name=slot.name,
             kind=way.kind,
-            thetas=tuple(self._theta(source, label) for source in way.sources),
+            thetas=self._thetas(slot, way.sources, label),
             lambdas=lambdas,
             precisions=precisions,
             options=self._options(kind.system, way, values),
             shared=shared,
+            present=self._present(slot, way),
             input_axis=way.input_axis,
             dtype=self._dtype(slot),
             label=label,
         )
 
-    def _theta(self, source: Source, label: str) -> LoadTheta:
-        return LoadTheta(
-            model=source.model,
-            name=source.tensor.name,
-            parts=_parts(source),
-            label=label,
-            device=self._device,
+    def _thetas(self, slot: Slot, sources: Sequence[Source], label: str) -> tuple[Theta, ...]:
+        """Return the tasks that give the models' tensors, with the output's tokens."""
+
+        def load(source: Source) -> LoadTheta:
+            return LoadTheta(
+                model=source.model,
+                name=source.tensor.name,
+                parts=_parts(source),
+                label=label,
+                device=self._device,
+            )
+
+        if not slot.aligned:
+            return tuple(map(load, sources))
+        everyone = {source.model: load(source) for source in (*slot.aligned, *sources)}
+        gather = Gather(thetas=tuple(everyone.values()), label=label)
+        aligned: AlignThetas | TruncateThetas
+        if self._tokens.tokenizer is None:
+            aligned = TruncateThetas(gather_tensors=gather, weight_info=slot.weight)
+        else:
+            aligned = AlignThetas(
+                gather_tensors=gather,
+                tokenizer_task=self._tokens.tokenizer,
+                tokens=dict(self._tokens.tokens),
+                pad_to_multiple_of=self._tokens.multiple,
+                base_model=slot.reader.base_model,
+                vocabulary_axis=slot.weight.vocabulary_axis,
+            )
+        return tuple(
+            PickTheta(model=source.model, name=source.tensor.name, aligned=aligned)
+            for source in sources
         )
+
+    def _rows(self, slot: Slot, source: Source) -> OwnRows | FirstRows:
+        """Return the task that says which of a model's rows stands at each of the output's."""
+        size, tokenizer = self._tokens.rows(slot), self._tokens.tokenizer
+        if tokenizer is None:
+            return FirstRows(size=size)
+        forced = self._tokens.forced
+        return OwnRows(model=source.model, tokenizer=tokenizer, size=size, forced=forced)
+
+    def _aligned(
+        self, slot: Slot, way: Way, index: int, loaded: tuple[LoadPrecision, ...]
+    ) -> tuple[Precision, ...]:
+        """Return the tasks that give what was measured of one model, for the output's tokens."""
+        if not slot.aligned:
+            return loaded
+        source, factors = way.sources[index], way.factors[index]
+        rows = self._rows(slot, source)
+        if factors is None:
+            axes = (slot.weight.vocabulary_axis,)
+            return (AlignPrecision(precision=loaded[0], rows=rows, axes=axes),)
+
+        def align(task: LoadPrecision) -> Precision:
+            if not runs_along_tokens(slot, source, factors, task.name):
+                return task
+            if task.form == "diagonal":
+                return AlignPrecision(precision=task, rows=rows, axes=(-2,))
+            among = [self._rows(slot, s) for s in way.sources if isinstance(rows, OwnRows)]
+            return AlignPrecision(precision=task, rows=rows, axes=(-2, -1), among=tuple(among))
+
+        return tuple(map(align, loaded))
+
+    def _present(self, slot: Slot, way: Way) -> tuple[OwnRows | FirstRows, ...]:
+        """Return which rows the models have, where what was measured does not tell rows apart."""
+        if not slot.aligned or self._tokens.tokenizer is None:
+            return ()
+        source, factors = way.sources[0], way.factors[0] if way.sidecars else None
+        if factors is None:
+            return ()
+        if any(runs_along_tokens(slot, source, factors, name) for name in factors.names):
+            return ()
+        return tuple(self._rows(slot, source) for source in way.sources)
 
     def _labels(self, name: str, way: Way) -> tuple[str, str]:
         """Return the labels of what is shared, and of what is the tensor's own.

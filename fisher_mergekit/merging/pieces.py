@@ -43,7 +43,8 @@ def pieces_of(slot: Slot) -> tuple[Slot, ...]:
 
 def with_pieces(slots: Iterable[Slot]) -> dict[str, tuple[Slot, ...]]:
     """Return the pieces of each output tensor that has any, by its name."""
-    found = ((slot.name, pieces_of(slot)) for slot in slots)
+    # Rows of tokens are brought in line as they are in memory.
+    found = ((slot.name, pieces_of(slot)) for slot in slots if not slot.aligned)
     return {name: pieces for name, pieces in found if pieces}
 
 

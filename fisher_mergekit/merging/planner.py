@@ -17,10 +17,12 @@ from fisher_mergekit.merging import (
     checks,
     depth,
     exclude,
+    output,
     priors,
     settings,
     sidecars,
     slots,
+    vocabulary,
 )
 from fisher_mergekit.merging.build import Builder
 from fisher_mergekit.merging.files import Files
@@ -52,7 +54,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     method = METHODS[config.merge_method]
 
     sliced = is_sliced(config)  # before mergekit turns everything into slices
-    problems = checks.recipe(config, options)
+    problems = checks.recipe(config)
     patterns: tuple[str, ...] = ()
     try:
         patterns = exclude_patterns(config)
@@ -66,9 +68,12 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
 
     files, told = slots.open_files(records)
     problems += told
-    outputs = slots.find_slots(records, files, patterns)
-    head = checks.task_head([slot.name for slot in outputs], planner.out_model_config)
-    problems += checks.tensors(outputs, patterns, config.base_model, files, head)
+    tokens, told = vocabulary.find(planner)
+    problems += told
+    outputs = slots.find_slots(records, files, patterns, aligns=tokens.changes)
+    problems += vocabulary.problems_of(outputs, tokens)
+    head = output.task_head([slot.name for slot in outputs], planner.out_model_config)
+    problems += checks.tensors(outputs, patterns, config.base_model, files, head, tokens)
     if not all(slot.is_complete for slot in outputs):
         problems += [f"{m}: {held.trouble}" for m, held in files.items() if held.trouble]
     problems += (
@@ -79,10 +84,10 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
             trust_remote_code=options.trust_remote_code,
         )
         if sliced
-        else checks.output_config(outputs, planner.arch_info, planner.out_model_config)
+        else output.configuration(outputs, planner.arch_info, planner.out_model_config)
     )
-    if not problems:
-        problems += checks.loads(outputs, planner.out_model_config)
+    if not problems:  # so that every row of tokens has its number
+        problems += output.loads(outputs, vocabulary.output_config(planner, tokens), tokens)
 
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
@@ -92,7 +97,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     for (model, kind), sidecar in decision.opened.items() if not problems else ():
         if kind != method.kind:
             continue
-        problems += checks.left_out(
+        problems += output.left_out(
             files[model],
             model.config(options.trust_remote_code),
             sidecars.parameters(sidecar),
@@ -117,7 +122,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
         )
     if options.write_model_card:
         card.note(config, outputs, decision)
-    builder = Builder(decision, config, options)
+    builder = Builder(decision, config, options, tokens)
     planner._tensors.extend((slot.weight, builder.task(slot)) for slot in outputs)
 
 
@@ -195,14 +200,19 @@ def record_walk(planner: MergePlanner, walk: Callable[[], None]) -> list[Record]
             # mergekit 0.1.5 counts the first slice's models for weights after the last layer;
             # they all bear the output's name there.
             weights_in = [weight] * len(models)
-        records.append(Record(weight, tuple(weights_in), tuple(models), cfg_reader))
+        adds_base = any(cfg_reader.module is module for module in listing)
+        records.append(Record(weight, tuple(weights_in), tuple(models), cfg_reader, adds_base))
 
     config = planner.config
+    listed = [name for name, module in (config.modules or {}).items() if module.models]
+    if config.models:
+        listed = list(planner.arch_info.modules)
     base_model, config.base_model = config.base_model, None
     try:
         planner.normalize_config()
     finally:
         config.base_model = base_model
+    listing = [config.modules[name] for name in listed]
     planner.plan_tensor = note
     try:
         walk()

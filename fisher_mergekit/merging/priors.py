@@ -78,7 +78,10 @@ def base_sources(
         source = Source(base, first, files[base].find(first))
         if source.stored is None:
             lacking.append(slot.name)
-        elif source.tensor.shape != sources[0].tensor.shape or not source.tensor.is_floating:
+        elif (
+            slot.sizes(source.tensor.shape) != slot.sizes(sources[0].tensor.shape)
+            or not source.tensor.is_floating
+        ):
             problems.append(
                 f"{slot.name} is {list(sources[0].tensor.shape)}, but {list(source.tensor.shape)} "
                 f"({source.tensor.dtype}) in base_model {base}, so there is no prior for it. "

@@ -20,12 +20,17 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """One call of mergekit's `plan_tensor`: an output tensor, and what the models call it."""
+    """One call of mergekit's `plan_tensor`: an output tensor, and what the models call it.
+
+    Attributes:
+        adds_base: whether mergekit would have added base_model, if it is none of the models.
+    """
 
     weight: WeightInfo
     weights_in: tuple[WeightInfo, ...]
     models: tuple[ModelReference, ...]
     reader: ConfigReader
+    adds_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,15 @@ class Slot:
         sources: in the recipe's order; only base_model's if the tensor is excluded.
         reader: the recipe's settings that hold there.
         excluded: not merged, but kept as base_model has it.
+        aligned: of a table of tokens whose rows are brought in line, the models' parts that say
+            which row is which token's: also of those that do not count, and base_model's.
     """
 
     weight: WeightInfo
     sources: tuple[Source, ...]
     reader: ConfigReader
     excluded: bool = False
+    aligned: tuple[Source, ...] = ()
 
     @property
     def name(self) -> str:
@@ -91,6 +99,17 @@ class Slot:
         """Whether it is an average: floating, and not excluded."""
         return self.is_floating and not self.excluded
 
+    @property
+    def shapes(self) -> str:
+        """What shape it has in each model, for messages."""
+        shapes = ", ".join(f"{list(s.tensor.shape)} in {s.model}" for s in self.sources)
+        return f"{self.name} is {shapes}"
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return a shape without the axis of tokens, if rows are brought in line along it."""
+        axis = self.weight.vocabulary_axis if self.aligned else None
+        return tuple(size for index, size in enumerate(shape) if index != axis)
+
 
 def open_files(records: Iterable[Record]) -> tuple[Files, list[str]]:
     """Open the files of all models, base_model's too; return them and what is wrong with them."""
@@ -109,13 +128,21 @@ def open_files(records: Iterable[Record]) -> tuple[Files, list[str]]:
     return files, problems
 
 
-def find_slots(records: Iterable[Record], files: Files, patterns: Sequence[str]) -> list[Slot]:
+def find_slots(
+    records: Iterable[Record], files: Files, patterns: Sequence[str], *, aligns: bool = False
+) -> list[Slot]:
     """Find what the models' files hold for each output tensor.
+
+    Args:
+        records: the output tensors.
+        files: the models'.
+        patterns: the recipe's `exclude`.
+        aligns: whether tables of tokens are brought in line.
 
     As in mergekit, an optional tensor that no file holds is skipped. Models without readable files
     have no part in what is returned; `open_files` has told of them.
     """
-    found = (_find_slot(record, files, patterns) for record in records)
+    found = (_find_slot(record, files, patterns, aligns) for record in records)
     return [slot for slot in found if slot is not None]
 
 
@@ -124,7 +151,7 @@ def part_names(sources: Iterable[Source]) -> list[str]:
     return list(dict.fromkeys(part.name for source in sources for part in source.tensor.parts))
 
 
-def _find_slot(record: Record, files: Files, patterns: Sequence[str]) -> Slot | None:
+def _find_slot(record: Record, files: Files, patterns: Sequence[str], aligns: bool) -> Slot | None:
     weight, base = record.weight, record.reader.base_model
     sources = [
         Source(model, weight_in, files[model].find(weight_in))
@@ -145,4 +172,29 @@ def _find_slot(record: Record, files: Files, patterns: Sequence[str]) -> Slot | 
     if weight.optional and present and not any(part.tensor.is_floating for part in present):
         # A buffer, and not every version of transformers writes it: who has it gives it.
         return Slot(weight, tuple(present), record.reader, excluded)
-    return Slot(weight, tuple(of_base if excluded else sources), record.reader, excluded)
+    own = tuple(of_base if excluded else sources)
+    aligned: tuple[Source, ...] = ()
+    if aligns and weight.vocabulary_axis is not None:
+        aligned = _aligned(weight.vocabulary_axis, sources, of_base, record.adds_base, excluded)
+    return Slot(weight, own, record.reader, excluded, aligned)
+
+
+def _aligned(
+    axis: int, sources: Sequence[Source], of_base: Sequence[Source], adds_base: bool, excluded: bool
+) -> tuple[Source, ...]:
+    """Return whose rows of tokens are looked at: as in mergekit, also an unlisted base_model's.
+
+    Where an excluded tensor is base_model's, tokens that it lacks come from the other models, if
+    theirs is of the same width.
+    """
+
+    def width(part: Source) -> tuple[int, ...]:
+        return part.tensor.shape[:axis] + part.tensor.shape[axis + 1 :]
+
+    more = of_base if adds_base or excluded else ()
+    pool = [*sources, *(part for part in more if part not in sources)]
+    found = [part for part in pool if part.stored is not None]
+    if excluded:
+        kept = {width(part) for part in of_base if part.stored is not None}
+        found = [part for part in found if width(part) in kept]
+    return tuple(found)

@@ -29,21 +29,29 @@ from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import CheckpointError, SidecarError
 from fisher_mergekit.merging import files, sidecars
-from fisher_mergekit.precision import equation, kind_for
+from fisher_mergekit.precision import equation, kind_for, rows
 
 
-class LoadTheta(Task[torch.Tensor]):
-    """Load one tensor of one model, in the dtype it is stored in.
+class Theta(Task[torch.Tensor]):
+    """One model's part in an output tensor.
 
     Attributes:
         name: the tensor's name in the model's files; of one that is converted, in memory.
+    """
+
+    model: ModelReference
+    name: str
+
+
+class LoadTheta(Theta):
+    """Load one tensor of one model, in the dtype it is stored in.
+
+    Attributes:
         parts: what it is converted from, by name in the files.
         label: the output tensor's name.
         device: where to read it to; the CPU if None.
     """
 
-    model: ModelReference
-    name: str
     label: str
     parts: tuple[str, ...] = ()
     device: str | None = None
@@ -77,7 +85,11 @@ Form = Literal["elementwise", "diagonal", "matrix"]
 """What a stored tensor is: a number for each weight, or a factor's diagonal, or a factor."""
 
 
-class LoadPrecision(Task[torch.Tensor]):
+class Precision(Task[torch.Tensor]):
+    """Something measured of one model's part in an output tensor."""
+
+
+class LoadPrecision(Precision):
     """Load one measured tensor of one model, checked against its checksum.
 
     Attributes:
@@ -164,7 +176,7 @@ class SharedTask(Task[Any]):
     """
 
     kind: str
-    inputs: tuple[LoadPrecision, ...]
+    inputs: tuple[Precision, ...]
     lambdas: tuple[float, ...]
     label: str
     options: Options = ()
@@ -198,6 +210,8 @@ class MergeTask(Task[torch.Tensor]):
         precisions: what was measured, one tuple a theta; empty ones for the identity.
         options: the kind's own.
         shared: what the layers that share their inputs have in common.
+        present: of a matrix whose precision does not tell its rows apart, and of which not all
+            models have all rows: which they have (`aligning.OwnRows`), one a theta.
         input_axis: a matrix's axis along which its inputs run; the kinds have them run along the
             last.
         dtype: the result's; None promotes what the thetas are stored in.
@@ -206,11 +220,12 @@ class MergeTask(Task[torch.Tensor]):
 
     name: str
     kind: str
-    thetas: tuple[LoadTheta, ...]
+    thetas: tuple[Theta, ...]
     lambdas: tuple[float, ...]
-    precisions: tuple[tuple[LoadPrecision, ...], ...]
+    precisions: tuple[tuple[Precision, ...], ...]
     options: Options = ()
     shared: SharedTask | None = None
+    present: tuple[Task[Any], ...] = ()
     input_axis: int = -1
     dtype: str | None = None
     label: str | None = None
@@ -220,6 +235,7 @@ class MergeTask(Task[torch.Tensor]):
         arguments: dict[str, Task[Any]] = {f"theta_{i}": t for i, t in enumerate(self.thetas)}
         for i, parts in enumerate(self.precisions):
             arguments |= {f"precision_{i}_{j}": task for j, task in enumerate(parts)}
+        arguments |= {f"present_{i}": task for i, task in enumerate(self.present)}
         return arguments if self.shared is None else {**arguments, "shared": self.shared}
 
     def group_label(self) -> str:
@@ -244,9 +260,20 @@ class MergeTask(Task[torch.Tensor]):
         options = dict(self.options)
         if self.shared is not None:
             options["shared"] = inputs["shared"]
-        system = kind_for(self.kind).system(precisions, self.lambdas, **options)
         turned = [theta.mT for theta in thetas] if self.input_axis == -2 else thetas
-        merged = equation.solve(system, turned, self.lambdas, name=self.name)
+        if self.present:
+            merged = rows.solve(
+                self.kind,
+                turned,
+                [inputs_of for (inputs_of,) in precisions],
+                self.lambdas,
+                [inputs[f"present_{i}"] >= 0 for i in range(len(self.present))],
+                name=self.name,
+                **options,
+            )
+        else:
+            system = kind_for(self.kind).system(precisions, self.lambdas, **options)
+            merged = equation.solve(system, turned, self.lambdas, name=self.name)
         if self.input_axis == -2:
             merged = merged.mT
         stored = functools.reduce(torch.promote_types, (theta.dtype for theta in thetas))
@@ -305,7 +332,7 @@ class CopyTask(Task[torch.Tensor]):
     """
 
     name: str
-    theta: LoadTheta
+    theta: Theta
     dtype: str | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:

@@ -91,6 +91,15 @@ def factors_of(sidecar: Sidecar, source: Source) -> Factors | None:
     return factors
 
 
+def runs_along_tokens(slot: Slot, source: Source, factors: Factors, name: str) -> bool:
+    """Whether a factor has a row for each token of a table whose rows are brought in line."""
+    axis = slot.weight.vocabulary_axis if slot.aligned else None
+    if axis is None:
+        return False
+    of_inputs: bool = axis - len(source.tensor.shape) == factors.input_axis
+    return of_inputs == (name == factors.inputs)
+
+
 def choose(
     merged: Sequence[Slot],
     resolved: Mapping[str, TensorSettings],
@@ -256,7 +265,15 @@ def _unlike(slot: Slot, way: Way, remedies: Remedies) -> str | None:
         factors = factors_of(sidecar, source)
         said = "a number for each weight"
         if factors is not None:
-            shapes = [f"{n.rpartition('.')[2]} {list(sidecar[n].shape)}" for n in factors.names]
+            shapes = [
+                f"{n.rpartition('.')[2]} "
+                + str(
+                    ["tokens"] * len(sidecar[n].shape)
+                    if runs_along_tokens(slot, source, factors, n)
+                    else list(sidecar[n].shape)
+                )
+                for n in factors.names
+            ]
             said = f"{', '.join(shapes)} along axis {factors.input_axis}"
         if first is None:
             first = (said, str(source.model))

@@ -323,12 +323,10 @@ class TestTensors:
 
     def test_vocabularies_differ(self, pair, tmp_path):
         other, _, _ = make_measured(tmp_path / "c", seed=3, vocab_size=30)
-        recipe = recipe_of(pair[0], other)
-        for options in ({}, {"unsafe_truncate_embeddings": True}):
-            messages = problems(recipe, tmp_path / "out", **options)
-            assert messages[-1].startswith("the models' vocabularies differ: bert.embeddings.word")
-            assert f"[24, 8] in {pair[0]}, [30, 8] in {other}" in messages[-1]
-        assert "--unsafe-truncate-embeddings" in messages[0]
+        message = problem(recipe_of(pair[0], other), tmp_path / "out")
+        assert message.startswith("the models' vocabularies differ: bert.embeddings.word")
+        assert f"[24, 8] in {pair[0]}, [30, 8] in {other}" in message
+        assert "write at the top `tokenizer_source: union`" in message
 
     def test_half_a_head_differs(self, tmp_path):
         """RoBERTa's head is two layers, of which only one has the labels' size."""
@@ -427,14 +425,6 @@ class TestTensors:
 
 
 class TestNotBuiltYet:
-    @pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
-    def test_aligned_vocabularies(self, pair, tmp_path, key):
-        value = "union" if key == "tokenizer_source" else {"source": "union"}
-        with pytest.raises(
-            PlanningError, match=f"`{key}:` aligns the models' vocabularies; fisher"
-        ):
-            merged(recipe_of(*pair, **{key: value}), tmp_path / "out")
-
     def test_pickled_checkpoint(self, pair, tmp_path):
         torch.save(read(pair[1]), pair[1] / "pytorch_model.bin")
         (pair[1] / "model.safetensors").unlink()

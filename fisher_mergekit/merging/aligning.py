@@ -1,0 +1,187 @@
+"""Graph tasks that bring tables of tokens in line: the models' rows, and what was measured of them.
+
+    LoadTheta × n ── Gather ── Align (mergekit's arithmetic) ── PickTheta × n ── MergeTask
+                                 └ BuildTokenizer (built in planning) ── OwnRows ┐
+    LoadPrecision ──────────────────────────────────────────────── AlignPrecision ── MergeTask
+
+Which row comes from where is mergekit's affair, here as in any merge. What was measured of a
+model's own row goes where that row goes; a row that is not the model's own, because it has no such
+token or the recipe forces another's row on it, has precision zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+
+from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, Precision, Theta
+from fisher_mergekit.precision.rows import ABSENT, taken, uncoupled
+
+_built: dict[BuildTokenizer, TokenizerInfo] = {}
+
+
+class Tokenizer(BuildTokenizer):
+    """mergekit's task that builds the output's tokenizer, which planning has built already."""
+
+    def execute(self, **_: Any) -> TokenizerInfo:
+        """Return the tokenizer, and where each model's tokens go."""
+        return _built.get(self) or build_anew(self)
+
+
+def build_anew(task: Tokenizer) -> TokenizerInfo:
+    """Build the output's tokenizer; the tasks of this merge will use it."""
+    info = BuildTokenizer.execute(task)
+    for permutation in info.permutations.values():
+        # mergekit leaves out a token that the model has a number for but no row.
+        for number in info.tokenizer.get_vocab().values():
+            permutation.setdefault(number, ABSENT)
+    _built[task] = info
+    return info
+
+
+class Gather(Task[dict[ModelReference, torch.Tensor]]):
+    """One tensor of several models, as mergekit's tasks for vocabularies want it.
+
+    Attributes:
+        thetas: the models'.
+        label: the output tensor's name.
+    """
+
+    thetas: tuple[LoadTheta, ...]
+    label: str
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the tasks that load the tensors."""
+        return {f"theta_{i}": task for i, task in enumerate(self.thetas)}
+
+    def group_label(self) -> str:
+        """Return the output tensor's name."""
+        return self.label
+
+    def execute(self, **thetas: torch.Tensor) -> dict[ModelReference, torch.Tensor]:
+        """Return the tensors by model."""
+        return {task.model: thetas[f"theta_{i}"] for i, task in enumerate(self.thetas)}
+
+
+class AlignThetas(PermutedVocabulary):
+    """mergekit's own alignment by tokens, of what we have loaded."""
+
+    gather_tensors: Gather
+
+    def group_label(self) -> str:
+        """Return the output tensor's name."""
+        return self.gather_tensors.label
+
+
+class TruncateThetas(TruncatedVocabulary):
+    """mergekit's own truncation to the smallest vocabulary, of what we have loaded."""
+
+    gather_tensors: Gather
+    weight_info: WeightInfo
+
+
+class PickTheta(Theta):
+    """One model's tensor among those that were brought in line.
+
+    Attributes:
+        name: the tensor's name in the model's files.
+        aligned: all models'.
+    """
+
+    aligned: AlignThetas | TruncateThetas
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the task that brings them in line."""
+        return {"aligned": self.aligned}
+
+    def group_label(self) -> str:
+        """Return the output tensor's name."""
+        return str(self.aligned.group_label())
+
+    def execute(self, aligned: dict[ModelReference, torch.Tensor], **_: Any) -> torch.Tensor:
+        """Return the model's."""
+        return aligned[self.model]
+
+
+class OwnRows(Task[torch.Tensor]):
+    """Which of a model's own rows stands at each token of the output, `ABSENT` if none does.
+
+    Attributes:
+        tokenizer: the output's.
+        size: rows of the output; those behind the last token are padding.
+        forced: tokens that all models get from one source.
+    """
+
+    model: ModelReference
+    tokenizer: Tokenizer
+    size: int
+    forced: tuple[str, ...] = ()
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the task that builds the tokenizer."""
+        return {"info": self.tokenizer}
+
+    def execute(self, info: TokenizerInfo, **_: Any) -> torch.Tensor:
+        """Return the rows' numbers, int64."""
+        rows = torch.full((self.size,), ABSENT)
+        places = info.permutations[self.model]
+        rows[torch.tensor(list(places))] = torch.tensor(list(places.values()))
+        numbers = info.tokenizer.get_vocab()
+        rows[[numbers[token] for token in self.forced]] = ABSENT
+        return rows
+
+
+class FirstRows(Task[torch.Tensor]):
+    """The rows that truncation keeps of every model.
+
+    Attributes:
+        size: how many.
+    """
+
+    size: int
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return nothing: it depends on nothing."""
+        return {}
+
+    def execute(self, **_: Any) -> torch.Tensor:
+        """Return the rows' numbers, int64."""
+        return torch.arange(self.size)
+
+
+class AlignPrecision(Precision):
+    """What was measured of one model's rows of tokens, moved along with them.
+
+    Attributes:
+        precision: as measured.
+        rows: which of the model's own rows is where.
+        axes: of the measured tensor, along which tokens run.
+        among: of a factor that couples tokens, all models' rows.
+    """
+
+    precision: LoadPrecision
+    rows: OwnRows | FirstRows
+    axes: tuple[int, ...]
+    among: tuple[OwnRows, ...] = ()
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the tasks that load the precision, and say where it goes."""
+        others = {f"among_{i}": task for i, task in enumerate(self.among)}
+        return {"precision": self.precision, "rows": self.rows, **others}
+
+    def group_label(self) -> str:
+        """Return the precision's own label."""
+        return self.precision.label
+
+    def execute(
+        self, precision: torch.Tensor, rows: torch.Tensor, **among: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the precision of the output's tokens, zero where the model has none of its own."""
+        result = taken(precision, rows, self.axes)
+        return uncoupled(result, [r >= 0 for r in among.values()]) if among else result
