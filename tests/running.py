@@ -28,8 +28,14 @@ _SCRIPTS = {
 _FROM_SOURCE = "from fisher_mergekit import startup; startup.start(); from {} import main; main()"
 
 
-def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run one of mergekit's commands or ours, plain where the package is installed."""
+def command(
+    script: str, *arguments: object, **environment: object
+) -> subprocess.CompletedProcess[str]:
+    """Run one of mergekit's commands or ours, plain where the package is installed.
+
+    Args:
+        environment: variables of the process beside this one's; offline, unless they say so.
+    """
     if (Path(sysconfig.get_path("purelib")) / "fisher_mergekit.pth").exists():
         start = [str(Path(sys.executable).with_name(script))]
     else:
@@ -39,7 +45,7 @@ def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in environment.items()}},
     )
 
 

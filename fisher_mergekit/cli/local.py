@@ -6,7 +6,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 
 from fisher_mergekit.errors import CheckpointError, RecipeError
@@ -18,6 +21,12 @@ _READING_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt",
     "preprocessor_config.json",
 )  # fmt: skip
+
+_MERGED = ("*.json", "*.safetensors", "tokenizer.model")
+"""What mergekit downloads of a model; what is in its folder `sidecar/` too."""
+_READ = ("*.txt", "*.model", "*.jinja")
+"""What else turns data into inputs: vocabularies of older tokenizers, chat templates."""
+_CODE = ("*.py",)
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,15 @@ def find(reference: ModelReference, storage: Storage) -> LocalModel:
 def _folder(path: ModelPath, storage: Storage) -> Path:
     if Path(path.path).is_file():
         raise RecipeError(f"{path} is a file; name the model's folder.")
+    if Path(path.path).exists():
+        return Path(path.path)
+    patterns = [*_MERGED, *_READ, *(_CODE if storage.trust_remote_code else ())]
+    place: dict[str, Any] = {"revision": path.revision, "cache_dir": storage.transformers_cache}
     try:
-        return Path(ModelReference(model=path).local_path(cache_dir=storage.transformers_cache))
+        try:
+            return Path(snapshot_download(path.path, allow_patterns=patterns, **place))
+        except LocalEntryNotFoundError:  # offline, and in the cache is what mergekit has downloaded
+            return Path(snapshot_download(path.path, allow_patterns=list(_MERGED), **place))
     except Exception as error:  # the hub client raises a wide family, offline included
         raise RecipeError(
             f"{path} is neither a local folder nor a model that can be downloaded: {error}"

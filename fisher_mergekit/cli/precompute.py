@@ -294,8 +294,10 @@ def _summary(
         given = {
             "--lora-merge-cache": storage.lora_merge_cache,
             "--lora-merge-dtype": storage.lora_merge_dtype,
+            "--transformers-cache": storage.transformers_cache,
         }
         more = "".join(f" {flag} {value}" for flag, value in given.items() if value)
+        more += " --trust-remote-code" if storage.trust_remote_code else ""
         click.echo(f"Next: mergekit-yaml {recipe} merged/{more}")
     else:
         place = jobs[0].out if measured else jobs[0].present

@@ -236,12 +236,25 @@ def command_for(
     one_by_one: bool = True,
 ) -> str:
     """Return the sentence with the command that measures a model, by itself or with its recipe."""
-    cache = f" --lora-merge-cache {LoaderCache().lora_cache_dir}" if model.lora is not None else ""
+    flags = _flags(model)
     if not one_by_one:
-        return f"{MEASURE} RECIPE{cache}"
+        return f"{MEASURE} RECIPE{flags}"
     which = "" if kind == DEFAULT_KIND else f" --kind {kind}"
     place = f" --out {out}" if out is not None else ""
-    return f"{MEASURE} --model {model}{which}{place}{cache} --path DATA --text COLUMN"
+    return f"{MEASURE} --model {model}{which}{place}{flags} --path DATA --text COLUMN"
+
+
+def _flags(model: ModelReference) -> str:
+    """Return the flags of this merge that the measuring of a model needs too."""
+    loaders = LoaderCache()
+    given: dict[str, str | None] = {}
+    if model.lora is not None:
+        given["--lora-merge-cache"] = loaders.lora_cache_dir
+        given["--lora-merge-dtype"] = loaders.lora_merge_dtype
+    if not all(Path(part.path).exists() for part in (model.model, model.lora) if part is not None):
+        given["--transformers-cache"] = loaders.hf_cache_dir
+    words = [f" {flag} {value}" for flag, value in given.items() if value]
+    return "".join([*words, " --trust-remote-code" if loaders.trust_remote_code else ""])
 
 
 def mixed(measured: Mapping[str, header.Measurement], remedy: str) -> list[str]:
