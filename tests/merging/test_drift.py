@@ -36,8 +36,12 @@ from mergekit.merge_methods.base import (
 from mergekit.options import MergeOptions, ShardSizeParamType
 from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from mergekit.tokenizer.config import TokenEmbeddingConfig
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from models import make_model, read
 from running import recipe_of
+from tokenizers_of_words import SPECIAL, give_tokenizer
 
 import fisher_mergekit
 
@@ -54,6 +58,7 @@ NAMES = {
         "ModelReference": "a model of a recipe, perhaps with an adapter",
         "dtype_from_name": "what `dtype:` means",
         "get_config_value": "a value of a model's configuration, such as how many layers it has",
+        "set_config_value": "sets one, as mergekit does after a merge",
     },
     "mergekit.config": {
         "ConditionalParameter": "one entry of a list of filters",
@@ -88,6 +93,17 @@ NAMES = {
     },
     "mergekit.parameter_resolver": {"resolve_parameter": "one setting for one tensor"},
     "mergekit.plan": {"MergePlanner": "walks over the tensors; `_plan` is the one method we wrap"},
+    "mergekit.tokenizer": {
+        "BuildTokenizer": "builds the output's tokenizer; we build it in planning",
+        "PermutedVocabulary": "brings the models' rows of tokens in one order",
+        "TokenizerInfo": "the tokenizer, and which row each model has of a token",
+    },
+    "mergekit.tokenizer.config": {
+        "ModelTokenEmbedding": "a token's row is that of another token",
+        "TokenEmbeddingConfig": "what a recipe says of one token",
+        "ZeroEmbedding": "a token's row is zero",
+    },
+    "mergekit.tokenizer.truncate": {"TruncatedVocabulary": "cuts rows to the fewest"},
     "mergekit.scripts.multimerge": {"main": "its module tells that mergekit-multi is running"},
 }
 """By module, each name and what we need it for."""
@@ -104,10 +120,16 @@ FIELDS = {
         "out_shard_size quiet random_seed read_to_gpu transformers_cache trust_remote_code "
         "unsafe_truncate_embeddings write_model_card"
     ),
+    BuildTokenizer: "base_model referenced_models tokenizer_source add_tokens",
     ModelPath: "path revision",
     ModelReference: "model lora",
     OutputModuleDefinition: "models slices parameters",
     OutputSliceDefinition: "sources base_model parameters",
+    PermutedVocabulary: (
+        "gather_tensors tokenizer_task tokens pad_to_multiple_of base_model vocabulary_axis"
+    ),
+    TokenEmbeddingConfig: "source force",
+    TruncatedVocabulary: "gather_tensors weight_info",
     WeightInfo: "name aliases tied_names optional force_dtype vocabulary_axis",
 }
 """Fields that we read, by class."""
@@ -427,6 +449,36 @@ class TestLoaders:
             assert found == tuple(options.values())
         finally:
             cache.setup(MergeOptions())
+
+
+class TestVocabularies:
+    def test_where_each_models_tokens_are(self, pair):
+        """Number of a token in the output -> the model's row, -1 for none."""
+        give_tokenizer(pair[0])
+        give_tokenizer(pair[1], tokens=(*SPECIAL, "dog", "new"))
+        config = MergeConfiguration.model_validate(
+            recipe_of(
+                *pair,
+                method="linear",
+                parameters={"weight": 1},
+                tokenizer_source="union",
+                base_model=str(pair[0]),
+            )
+        )
+        options = MergeOptions()
+        info = get_architecture_info(config, options)
+        planner = MergePlanner(config, info, options, ModelReference.parse(str(pair[0])).config())
+        task = planner._tokenizer_task
+        assert isinstance(task, BuildTokenizer)
+        planner._plan()
+        assert task in planner.plan_to_disk("out"), "it is done whether or not a tensor needs it"
+        built = task.execute()
+        numbers = built.tokenizer.get_vocab()
+        one, two = (ModelReference.parse(str(model)) for model in pair)
+        own = built.original_vocabs[two]
+        assert built.permutations[two][numbers["dog"]] == own["dog"]
+        assert built.permutations[two][numbers["cat"]] == -1
+        assert built.permutations[one][numbers["cat"]] == built.original_vocabs[one]["cat"]
 
 
 class TestCard:
