@@ -1,16 +1,17 @@
 r"""The one equation of every merge, S θ = Σᵢ λᵢ Cᵢ θᵢ with S = Σᵢ λᵢ Cᵢ.
 
-What is solved for is the difference from the λ-weighted mean θ̄,
+What is solved for is the difference from a reference ρ,
 
-    S Δ = Σᵢ λᵢ Cᵢ (θᵢ − θ̄),   θ = θ̄ + Δ
+    S Δ = Σᵢ λᵢ Cᵢ (θᵢ − ρ),   θ = ρ + Δ
 
-which is the same equation. But where all models agree they come back unchanged, and in directions
-in which no model is sure of anything, and S has no inverse, Δ is zero and the mean stays.
+which is the same equation for any ρ. But where all models agree they come back unchanged. With the
+λ-weighted mean as ρ it stays in directions in which no model is sure of anything, and S has no
+inverse, because Δ is zero there. Where S has one any ρ will do, and the first theta is at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,13 +20,35 @@ from torch import Tensor
 from fisher_mergekit.precision.diagonal import relative, weighted_mean, working_dtype
 
 
+class Equation(Protocol):
+    """The equation of some elements of a tensor, which is put together model by model.
+
+    Attributes:
+        is_regular: whether S has an inverse.
+    """
+
+    @property
+    def is_regular(self) -> bool: ...  # noqa: D102
+
+    def add(self, index: int, theta: Tensor, reference: Tensor) -> None:
+        """Add λᵢ Cᵢ (θᵢ − ρ) of one model to the right side."""
+        ...
+
+    def solve(self, name: str = "") -> Tensor:
+        """Return S⁻¹ times the right side, zero where S has no inverse.
+
+        Args:
+            name: the tensor's, for the log.
+        """
+        ...
+
+
 class System(Protocol):
     """S = Σᵢ λᵢ Cᵢ of one tensor, or of several that share their precisions.
 
     Attributes:
         models: indices of the models that are in it.
         dtype: what it computes in; None leaves that to the thetas.
-        rows_apart: whether each row of a matrix has the same equation of its own.
     """
 
     @property
@@ -34,29 +57,27 @@ class System(Protocol):
     @property
     def dtype(self) -> torch.dtype | None: ...  # noqa: D102
 
-    @property
-    def rows_apart(self) -> bool: ...  # noqa: D102
-
-    def weigh(self, index: int, difference: Tensor) -> Tensor:
-        """Return λᵢ Cᵢ x of one model; `difference` may be overwritten."""
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the parts of a tensor that are solved one after the other, for little memory."""
         ...
 
-    def solve(self, right: Tensor, name: str = "") -> Tensor:
-        """Return S⁻¹ x, zero where S has no inverse.
+    def equations(self, result: Tensor, dtype: torch.dtype) -> Iterator[Equation]:
+        """Yield one for each part; when the next is asked for the last has been solved.
 
         Args:
-            right: may be overwritten.
-            name: the tensor's, for the log.
+            result: a tensor of the thetas' shape and device.
+            dtype: what is computed in.
         """
         ...
 
 
-BLOCK = 1 << 24
-"""Elements of the rows that are solved at once, where they can be: float64 is wide."""
-
-
 def solve(
-    system: System, thetas: Sequence[Tensor], lambdas: Sequence[float], *, name: str = ""
+    system: System,
+    thetas: Sequence[Tensor],
+    lambdas: Sequence[float],
+    *,
+    name: str = "",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the merged tensor.
 
@@ -65,29 +86,25 @@ def solve(
         thetas: n tensors of one shape; borrowed, never written to.
         lambdas: n, those of the system.
         name: the tensor's, for the log.
+        dtype: the result's, rounded to once; None is the one that the system computes in.
 
     Returns:
-        A new tensor in the dtype that the system computes in.
+        A new tensor.
     """
     lambdas = relative(lambdas)
     present = list(system.models)
-    dtype = system.dtype or working_dtype(thetas[i] for i in present)
     weights = [lambdas[i] for i in present]
-
-    def solved(rows: slice) -> Tensor:
-        own = {i: thetas[i][..., rows, :] if system.rows_apart else thetas[i] for i in present}
-        mean = weighted_mean(list(own.values()), weights, dtype=dtype)
-        right = torch.zeros_like(mean)
-        for i, theta in own.items():
-            right += system.weigh(i, theta.to(dtype) - mean)
-        return mean.add_(system.solve(right, name))
-
     first = thetas[present[0]]
-    if not system.rows_apart or first.numel() <= BLOCK:
-        return solved(slice(None))
-    result = torch.empty(first.shape, dtype=dtype, device=first.device)
-    height = max(1, BLOCK * first.shape[-2] // first.numel())
-    for start in range(0, first.shape[-2], height):
-        rows = slice(start, start + height)
-        result[..., rows, :] = solved(rows)
+    working = system.dtype or working_dtype(thetas[i] for i in present)
+    result = torch.empty(first.shape, dtype=dtype or working, device=first.device)
+    parts = (system.split(tensor) for tensor in (result, *(thetas[i] for i in present)))
+    for equation, out, *own in zip(system.equations(result, working), *parts, strict=True):
+        models = dict(zip(present, own, strict=True))
+        if equation.is_regular:
+            reference = models.pop(present[0]).to(working)
+        else:
+            reference = weighted_mean(own, weights, dtype=working)
+        for i, theta in models.items():
+            equation.add(i, theta, reference)
+        torch.add(reference, equation.solve(name), out=out)
     return result

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import Elementwise, relative
+from fisher_mergekit.precision.diagonal import Elementwise, Weight, relative
 
 FLOOR = 1e-6
 """Default floor, relative to the root mean square of a Fisher over the merged parameters."""
@@ -66,28 +66,14 @@ def system(
     if not normalize:
         scales = [common_scale([scales[i] for i in present])] * len(scales)
 
-    def weight(i: int, dtype: torch.dtype) -> Tensor:
+    def weight(i: int) -> Weight:
         (values,) = precisions[i]
         share = lambdas[i] if favor is None else total * (i == favor)
-        known = times(values.to(dtype), lambdas[i] / scales[i] / unit)
-        return known.add_(floor / unit * share)
+        return Weight(floor / unit * share, ((values, lambdas[i] / scales[i] / unit),))
 
-    return Elementwise(present, weight)
+    return Elementwise({i: weight(i) for i in present})
 
 
 def visible(floor: float) -> float:
     """Return the floor, or 0 for one so small that it would vanish in float32, unnoticed."""
     return floor if floor >= torch.finfo(torch.float32).tiny else 0.0
-
-
-def times(x: Tensor, factor: float) -> Tensor:
-    """Return a new tensor, `x * factor`, also where float32 cannot hold the factor itself.
-
-    The inverse of a Fisher's scale of 1e-39 is infinite there, the product is not. A power of two
-    is taken out first; multiplying by that is exact.
-    """
-    exponent = math.frexp(factor)[1]
-    if abs(exponent) < 100:
-        return x.mul(factor)
-    power = math.ldexp(1.0, exponent // 2)
-    return x.mul(power).mul_(factor / power)

@@ -17,7 +17,7 @@ the counts of the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,8 @@ from fisher_mergekit.precision.kronecker import (
 
 OFFDIAGONAL = 0.9
 """Default factor of the off-diagonals, as most merges with RegMean have it."""
+ELEMENTS = 1 << 24
+"""Of the rows that are solved for at once: float64 is wide."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,41 @@ class OneSided:
     offdiagonal: float
     inverse: Inverse
     dtype: torch.dtype = torch.float64
-    rows_apart: bool = True
 
-    def weigh(self, index: int, difference: Tensor) -> Tensor:
-        """Return λᵢ x Aᵢ of one model, x `[…, o, i]`."""
-        product = times(self.factors[index], difference.mT, self.offdiagonal)
-        return product.mul_(self.lambdas[index]).mT
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return some rows of the matrices, and the next: each row has an equation of its own."""
+        *_, height, _ = tensor.shape
+        step = max(1, ELEMENTS * height // max(1, tensor.numel()))
+        parts: Sequence[Tensor] = tensor.split(step, dim=-2)
+        return parts
 
-    def solve(self, right: Tensor, name: str = "") -> Tensor:
-        """Return x (Σ λᵢ Aᵢ)⁻¹, zero in the directions that nobody saw."""
-        return self.inverse.times(right.mT).mT
+    def equations(self, result: Tensor, dtype: torch.dtype) -> Iterator[Rows]:
+        """Yield one for some rows, then for the next."""
+        for _ in self.split(result):
+            yield Rows(self)
+
+
+class Rows:
+    """The equations of some rows."""
+
+    is_regular = False
+
+    def __init__(self, system: OneSided):
+        self._system = system
+        self._right: Tensor | None = None
+
+    def add(self, index: int, theta: Tensor, reference: Tensor) -> None:
+        """Add λᵢ (θᵢ − ρ) Aᵢ of one model to the right side."""
+        system = self._system
+        difference = (theta - reference).mT
+        product = times(system.factors[index], difference, system.offdiagonal)
+        product.mul_(system.lambdas[index])
+        self._right = product if self._right is None else self._right.add_(product)
+
+    def solve(self, name: str = "") -> Tensor:
+        """Return the right side times (Σ λᵢ Aᵢ)⁻¹, zero in the directions that nobody saw."""
+        assert self._right is not None
+        return self._system.inverse.times(self._right).mT
 
 
 def common(

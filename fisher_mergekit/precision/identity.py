@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import Elementwise, counting, relative
+from fisher_mergekit.precision.diagonal import Elementwise, Weight, counting, relative
 
 
 def system(precisions: Sequence[tuple[Tensor, ...]], lambdas: Sequence[float]) -> Elementwise:
     """Return Σ λᵢ I; the precisions are empty."""
     lambdas = relative(lambdas)
-    return Elementwise(counting(lambdas), lambda i, _: lambdas[i])
+    return Elementwise({i: Weight(lambdas[i]) for i in counting(lambdas)})

@@ -17,7 +17,7 @@ one step. The inputs' basis serves all layers that share them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,16 @@ class TwoSided:
     tolerance: float
     iterations: int
     dtype: torch.dtype = torch.float64
-    rows_apart: bool = False
 
-    def weigh(self, index: int, difference: Tensor) -> Tensor:
-        """Return tᵢ Bᵢ x Aᵢ of one model, x `[…, o, i]`."""
-        return self.shares[index] * _product(self.outputs[index], difference, self.inputs[index])
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return it whole: all elements have one equation together."""
+        return (tensor,)
 
-    def solve(self, right: Tensor, name: str = "") -> Tensor:
+    def equations(self, result: Tensor, dtype: torch.dtype) -> Iterator[Whole]:
+        """Yield the one."""
+        yield Whole(self)
+
+    def inverse_times(self, right: Tensor, name: str = "") -> Tensor:
         """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance: in the bases, and back."""
         outputs, inputs = self.bases
         terms = list(zip(self.shares.values(), outputs.factors, inputs.factors, strict=True))
@@ -96,6 +99,28 @@ class TwoSided:
             name=name,
         )
         return outputs.out_of(inputs.out_of(found.mT).mT)
+
+
+class Whole:
+    """The equation of a tensor."""
+
+    is_regular = False
+
+    def __init__(self, system: TwoSided):
+        self._system = system
+        self._right: Tensor | None = None
+
+    def add(self, index: int, theta: Tensor, reference: Tensor) -> None:
+        """Add tᵢ Bᵢ (θᵢ − ρ) Aᵢ of one model to the right side."""
+        system = self._system
+        product = _product(system.outputs[index], theta - reference, system.inputs[index])
+        product.mul_(system.shares[index])
+        self._right = product if self._right is None else self._right.add_(product)
+
+    def solve(self, name: str = "") -> Tensor:
+        """Return the solution, to the tolerance."""
+        assert self._right is not None
+        return self._system.inverse_times(self._right, name)
 
 
 def _product(b: Tensor, x: Tensor, a: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from fisher_mergekit.precision.diagonal import Elementwise, counting
-from fisher_mergekit.precision.fisher import FLOOR, common_scale, times, visible
+from fisher_mergekit.precision.diagonal import Elementwise, Weight, counting
+from fisher_mergekit.precision.fisher import FLOOR, common_scale, visible
 
 
 def with_base(lambdas: Sequence[float]) -> tuple[float, ...]:
@@ -55,12 +54,9 @@ def system(
     if not normalize:
         scales = [common_scale([scales[i] for i in {*present, base}])] * len(scales)
 
-    def weight(i: int, dtype: torch.dtype) -> Tensor:
+    def weight(i: int) -> Weight:
         factor = lambdas[i] / unit
-        result = times(precisions[base][0].to(dtype), factor / scales[base])
-        result.add_(factor * floor)
-        if i != base:
-            result.add_(times(precisions[i][0].to(dtype), factor / scales[i]))
-        return result
+        known = [(precisions[j][0], factor / scales[j]) for j in dict.fromkeys((base, i))]
+        return Weight(factor * floor, tuple(known))
 
-    return Elementwise(present, weight)
+    return Elementwise({i: weight(i) for i in present})

@@ -70,6 +70,7 @@ def solve(
     *,
     shared: object = None,
     name: str = "",
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
     """Return the merged matrix, for precisions diag(presentᵢ) ⊗ Aᵢ.
@@ -82,10 +83,11 @@ def solve(
         present: n times `[o]` booleans.
         shared: what the kind's `common` gives for these inputs, if it is there already.
         name: the tensor's, for the log.
+        dtype: the result's, as in `equation.solve`.
         options: the kind's own.
 
     Returns:
-        A new tensor in the dtype that the kind computes in. In a row that no model has, the mean.
+        A new tensor. In a row that no model has, the mean.
     """
     there, group = groups([present[i].cpu() for i in counting(lambdas)])
     number = {model: index for index, model in enumerate(counting(lambdas))}
@@ -98,11 +100,10 @@ def solve(
         more = {**options, "shared": shared} if shared is not None and has.all() else options
         system = kind_for(kind).system(own, lambdas, **more)
         if there.shape[1] == 1:
-            return equation.solve(system, thetas, lambdas, name=name)
+            return equation.solve(system, thetas, lambdas, name=name, dtype=dtype)
         rows = (group == index).nonzero().squeeze(-1).to(thetas[0].device)
-        part = equation.solve(
-            system, [theta.index_select(-2, rows) for theta in thetas], lambdas, name=name
-        )
+        own_thetas = [theta.index_select(-2, rows) for theta in thetas]
+        part = equation.solve(system, own_thetas, lambdas, name=name, dtype=dtype)
         if result is None:
             result = part.new_empty(thetas[0].shape)
         result.index_copy_(-2, rows, part)

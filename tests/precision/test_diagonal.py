@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisher_mergekit.precision import solve
+from fisher_mergekit.precision import diagonal, equation, kind_for, solve
 from fisher_mergekit.precision.diagonal import relative
 
 SIZE = 5
@@ -210,6 +210,29 @@ def test_inputs_are_not_written_to():
     before = [t.clone() for t in (*thetas, *fishers)]
     merge_fisher(thetas, fishers, [1, 2], [1, 1])
     assert all(map(torch.equal, before, (*thetas, *fishers)))
+
+
+@given(problems(), st.sampled_from([0.0, 1e-6]), st.integers(1, SIZE))
+def test_large_tensors_are_merged_some_elements_at_a_time(problem, floor, size):
+    """Also where nobody knows anything in one block, and somebody does in the next."""
+    thetas, fishers, *rest = problem
+    for values in fishers:
+        values[:2] = 0
+    whole = merge_fisher(thetas, fishers, *rest, floor=floor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagonal, "BLOCK", size)
+        close(merge_fisher(thetas, fishers, *rest, floor=floor), whole, thetas)
+        # Not in one piece, as what was converted or turned.
+        apart = [[torch.stack([x, x]).mT for x in tensors] for tensors in (thetas, fishers)]
+        close(merge_fisher(*apart, *rest, floor=floor), torch.stack([whole] * 2).mT, thetas)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_is_rounded_once_to_the_dtype_asked_for(dtype):
+    thetas = [torch.randn(7, generator=torch.manual_seed(n)) for n in (1, 2)]
+    system = kind_for("fisher").system([(t.exp(),) for t in thetas], [1, 2], scales=[1, 1])
+    wide = equation.solve(system, thetas, [1, 2])
+    assert torch.equal(equation.solve(system, thetas, [1, 2], dtype=dtype), wide.to(dtype))
 
 
 def test_float64_stays_float64():

@@ -145,7 +145,7 @@ def test_large_layers_are_solved_some_rows_at_a_time(monkeypatch, height):
     thetas = [torch.randn(2, OUT, WIDTH, generator=torch.manual_seed(n)) for n in (1, 2)]
     inputs = [torch.randn(2, 9, WIDTH, generator=torch.manual_seed(n)) for n in (3, 4)]
     expected = solve("gram", thetas, grams(inputs), [1.0, 2.0])
-    monkeypatch.setattr(equation, "BLOCK", height * 2 * WIDTH)
+    monkeypatch.setattr(gram, "ELEMENTS", height * 2 * WIDTH)
     found = solve("gram", thetas, grams(inputs), [1.0, 2.0])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
