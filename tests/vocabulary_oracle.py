@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import dense_oracle
 import merge_oracle
 import torch
 import transformers
+from factors import Described, make_described
 from models import Tensors, make_measured
 from tokenizers_of_words import SPECIAL, give_tokenizer
 
@@ -37,6 +39,16 @@ def make_speaker(
     made = make_measured(folder, family, seed=seed, **{"vocab_size": len(tokens), **options})
     give_tokenizer(folder, pairs=False, tokens=tokens)
     return Speaker(made[0], tokens, *made[1:])
+
+
+def make_described_speaker(
+    folder: Path, words: str, kind: str, family: str = "llama", **options: object
+) -> tuple[Speaker, Described]:
+    """Make a model of the special tokens and these words, described by factors."""
+    tokens = (*SPECIAL, *words.split())
+    made = make_described(folder, family, kind, **{"vocab_size": len(tokens), **options})
+    give_tokenizer(folder, pairs=False, tokens=tokens)
+    return Speaker(folder, tokens, made.thetas), made
 
 
 def tokens_of(out: Path) -> list[str]:
@@ -109,3 +121,50 @@ def fisher_rows(
             top[i] += lam * (known + FLOOR) * table[i]
             bottom[i] += lam * (known + FLOOR)
     return top / bottom
+
+
+def dense(
+    speakers: Sequence[Speaker],
+    described: Sequence[Described],
+    name: str,
+    tokens: Sequence[str],
+    lambdas: Sequence[float],
+    *,
+    base: Speaker | None = None,
+    scales: Sequence[float] | None = None,
+    padding: int = 0,
+) -> torch.Tensor:
+    """Merge one table of tokens by the equation written down whole, for Kronecker factors.
+
+    What is measured of a token that a model lacks is zero, and what couples tokens that other
+    models have is, too. Where nobody knows anything, the mean stays.
+    """
+    tables, own = rows(speakers, name, tokens, base, padding=padding)
+    known = [i for i in range(len(tables[0])) if any(has[i] for has in own)]
+    pattern = [tuple(has[i] for has in own) for i in known]
+    alike = torch.tensor([[p == q for q in pattern] for p in pattern]).double()
+    matrices, thetas = [], []
+    for index, (speaker, made) in enumerate(zip(speakers, described, strict=True)):
+        record = made.factors[name]
+        a = dense_oracle.as_matrix(made.stored[record.inputs])
+        height = made.matrix(name).shape[0]
+        b = dense_oracle.as_matrix(
+            made.stored[record.outputs] if record.outputs else torch.ones(height)
+        )
+        picked = torch.zeros(len(known), len(speaker.tokens), dtype=torch.float64)
+        for row, i in enumerate(known):
+            if own[index][i]:
+                picked[row, speaker.tokens.index(tokens[i])] = 1
+        theta = tables[index][known]
+        if record.input_axis == -1:
+            b = picked @ b @ picked.T * alike
+        else:
+            a, theta = picked @ a @ picked.T * alike, theta.T
+        scale = scales[index] if scales else 1.0
+        a, b = (dense_oracle.shrunk(x, 0.9) for x in (a, b))
+        matrices.append(lambdas[index] / scale * torch.kron(b, a))
+        thetas.append(theta)
+    found = dense_oracle.solution(matrices, thetas)
+    result = sum(lam * t for lam, t in zip(lambdas, tables, strict=True)) / sum(lambdas)
+    result[known] = found if described[0].factors[name].input_axis == -1 else found.T
+    return result

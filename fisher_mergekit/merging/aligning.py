@@ -1,7 +1,7 @@
 """Graph tasks that bring tables of tokens in line: the models' rows, and what was measured of them.
 
     LoadTheta × n ── Gather ── Align (mergekit's arithmetic) ── PickTheta × n ── MergeTask
-                                 └ BuildTokenizer (built in planning) ── OwnRows ┐
+                                 └ Tokenizer (built in planning) ── TokenRows ┐
     LoadPrecision ──────────────────────────────────────────────── AlignPrecision ── MergeTask
 
 Which row comes from where is mergekit's affair, here as in any merge. What was measured of a
@@ -20,7 +20,7 @@ from mergekit.graph import Task
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
-from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, Precision, Theta
+from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, OwnRows, Precision, Theta
 from fisher_mergekit.precision.rows import ABSENT, taken, uncoupled
 
 _built: dict[BuildTokenizer, TokenizerInfo] = {}
@@ -109,18 +109,18 @@ class PickTheta(Theta):
         return aligned[self.model]
 
 
-class OwnRows(Task[torch.Tensor]):
-    """Which of a model's own rows stands at each token of the output, `ABSENT` if none does.
+class TokenRows(OwnRows):
+    """Which of a model's own rows stands at each token of the output.
+
+    Rows behind the last token are padding.
 
     Attributes:
         tokenizer: the output's.
-        size: rows of the output; those behind the last token are padding.
         forced: tokens that all models get from one source.
     """
 
     model: ModelReference
     tokenizer: Tokenizer
-    size: int
     forced: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Task[Any]]:
@@ -137,14 +137,8 @@ class OwnRows(Task[torch.Tensor]):
         return rows
 
 
-class FirstRows(Task[torch.Tensor]):
-    """The rows that truncation keeps of every model.
-
-    Attributes:
-        size: how many.
-    """
-
-    size: int
+class FirstRows(OwnRows):
+    """The rows that truncation keeps of every model."""
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return nothing: it depends on nothing."""
@@ -166,7 +160,7 @@ class AlignPrecision(Precision):
     """
 
     precision: LoadPrecision
-    rows: OwnRows | FirstRows
+    rows: OwnRows
     axes: tuple[int, ...]
     among: tuple[OwnRows, ...] = ()
 

@@ -15,8 +15,8 @@ from fisher_mergekit.merging.aligning import (
     AlignThetas,
     FirstRows,
     Gather,
-    OwnRows,
     PickTheta,
+    TokenRows,
     TruncateThetas,
 )
 from fisher_mergekit.merging.settings import TensorSettings
@@ -28,6 +28,7 @@ from fisher_mergekit.merging.tasks import (
     LoadTheta,
     MergeTask,
     Options,
+    OwnRows,
     Precision,
     SharedTask,
     Theta,
@@ -160,13 +161,13 @@ class Builder:
             for source in sources
         )
 
-    def _rows(self, slot: Slot, source: Source) -> OwnRows | FirstRows:
+    def _rows(self, slot: Slot, source: Source) -> OwnRows:
         """Return the task that says which of a model's rows stands at each of the output's."""
         size, tokenizer = self._tokens.rows(slot), self._tokens.tokenizer
         if tokenizer is None:
             return FirstRows(size=size)
         forced = self._tokens.forced
-        return OwnRows(model=source.model, tokenizer=tokenizer, size=size, forced=forced)
+        return TokenRows(model=source.model, tokenizer=tokenizer, size=size, forced=forced)
 
     def _aligned(
         self, slot: Slot, way: Way, index: int, loaded: tuple[LoadPrecision, ...]
@@ -185,12 +186,12 @@ class Builder:
                 return task
             if task.form == "diagonal":
                 return AlignPrecision(precision=task, rows=rows, axes=(-2,))
-            among = [self._rows(slot, s) for s in way.sources if isinstance(rows, OwnRows)]
+            among = [self._rows(slot, s) for s in way.sources if isinstance(rows, TokenRows)]
             return AlignPrecision(precision=task, rows=rows, axes=(-2, -1), among=tuple(among))
 
         return tuple(map(align, loaded))
 
-    def _present(self, slot: Slot, way: Way) -> tuple[OwnRows | FirstRows, ...]:
+    def _present(self, slot: Slot, way: Way) -> tuple[OwnRows, ...]:
         """Return which rows the models have, where what was measured does not tell rows apart."""
         if not slot.aligned or self._tokens.tokenizer is None:
             return ()

@@ -89,6 +89,16 @@ class Precision(Task[torch.Tensor]):
     """Something measured of one model's part in an output tensor."""
 
 
+class OwnRows(Task[torch.Tensor]):
+    """Which of a model's own rows stands in each row of an output tensor, `ABSENT` if none does.
+
+    Attributes:
+        size: rows of the output.
+    """
+
+    size: int
+
+
 class LoadPrecision(Precision):
     """Load one measured tensor of one model, checked against its checksum.
 
@@ -211,7 +221,7 @@ class MergeTask(Task[torch.Tensor]):
         options: the kind's own.
         shared: what the layers that share their inputs have in common.
         present: of a matrix whose precision does not tell its rows apart, and of which not all
-            models have all rows: which they have (`aligning.OwnRows`), one a theta.
+            models have all rows: which they have, one a theta.
         input_axis: a matrix's axis along which its inputs run; the kinds have them run along the
             last.
         dtype: the result's; None promotes what the thetas are stored in.
@@ -225,7 +235,7 @@ class MergeTask(Task[torch.Tensor]):
     precisions: tuple[tuple[Precision, ...], ...]
     options: Options = ()
     shared: SharedTask | None = None
-    present: tuple[Task[Any], ...] = ()
+    present: tuple[OwnRows, ...] = ()
     input_axis: int = -1
     dtype: str | None = None
     label: str | None = None

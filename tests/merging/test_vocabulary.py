@@ -4,10 +4,13 @@ import merge_oracle
 import pytest
 import torch
 import transformers
-from models import FAMILIES, random_fishers, read, write_fishers
+import yaml
+from models import FAMILIES, random_fishers, read, rewrite, write_fishers
 from running import assert_close, merged, mergekit_yaml, recipe_of
 from tokenizers_of_words import SPECIAL, give_tokenizer
 from vocabulary_oracle import Speaker, filled, fisher_rows, make_speaker, rows, tokens_of
+
+from fisher_mergekit.recipe import read_recipe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLES = (EMBEDDING, HEAD)
@@ -287,3 +290,108 @@ def test_tokens_that_have_a_number_and_no_row(speakers, tmp_path):
     content = recipe([a, b], [1, 2], tokenizer_source="base", base_model=str(a.folder))
     found = merged(content, tmp_path / "out")
     assert_close(found, expected([a, b], a.tokens, [1, 2], base=a))
+
+
+def test_an_excluded_head(speakers, tmp_path):
+    """base_model's own rows; tokens that it lacks as mergekit fills them in."""
+    base = speakers[1]
+    content = recipe(speakers, [1, 2, 3], tokenizer_source="union", base_model=str(base.folder))
+    found = merged({**content, "parameters": {"exclude": "lm_head"}}, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    tables, _ = rows(speakers, HEAD, tokens, base)
+    assert torch.equal(found[HEAD].double(), tables[1])
+
+
+def test_an_excluded_table_of_another_width(speakers, tmp_path):
+    """It has nothing to do with base_model's; tokens that no other has get a row of zeros."""
+    a, b, _ = speakers
+    wide = torch.zeros(9, 5)
+    rewrite(b.folder, {**b.thetas, HEAD: wide})
+    write_fishers(b.folder, {**b.fishers, HEAD: wide})
+    content = recipe([a, b], tokenizer_source="union", base_model=str(a.folder))
+    found = merged({**content, "parameters": {"exclude": ["lm_head"]}}, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    for row, token in zip(found[HEAD], tokens, strict=True):
+        expected = a.row(HEAD, token) if token in a.tokens else torch.zeros(8)
+        assert torch.equal(row.double(), expected.double())
+
+
+@pytest.mark.parametrize("unlisted", [False, True])
+def test_truncation(tmp_path, unlisted):
+    """Rows and Fishers are cut alike, to the smallest, base_model's where it is not merged too."""
+    words = ("cat dog the mat", "dog cat the beta gamma", "the cat")
+    made = [
+        make_speaker(tmp_path / n, w, seed=i)
+        for i, (n, w) in enumerate(zip("abc", words, strict=True))
+    ]
+    merged_ones, base = (made[:2], made[2]) if unlisted else (made[:2], made[0])
+    lambdas = [1, 2]
+    content = recipe(merged_ones, lambdas, base_model=str(base.folder))
+    found = merged(content, tmp_path / "out", unsafe_truncate_embeddings=True)
+    scales = [merge_oracle.scale(s.fishers, s.fishers) for s in merged_ones]
+    size = len(base.tokens)
+
+    def cut(tensors, name):
+        return tensors[name][:size] if name in TABLES else tensors[name]
+
+    expected = {
+        name: merge_oracle.merge_tensor(
+            [cut(s.thetas, name) for s in merged_ones],
+            [cut(s.fishers, name) for s in merged_ones],
+            lambdas,
+            scales,
+        )
+        for name in base.thetas
+    }
+    assert_close(found, expected)
+
+
+def test_slices_take_the_tokens_of_their_models(speakers, tmp_path):
+    """As in mergekit: the embedding is the first slice's, the head the last's."""
+    a, b, _ = speakers
+
+    def piece(layer, *sources):
+        return {
+            "sources": [
+                {"model": str(s.folder), "layer_range": [layer, layer + 1]} for s in sources
+            ]
+        }
+
+    content = {
+        "merge_method": "fisher",
+        "dtype": "float32",
+        "tokenizer_source": "union",
+        "base_model": str(a.folder),
+        "slices": [piece(0, a, b), piece(1, b)],
+    }
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    embedding, _ = rows([a, b], EMBEDDING, tokens, a)
+    for place, token in enumerate(tokens):
+        if token not in b.tokens:
+            assert torch.equal(found[EMBEDDING][place].double(), a.row(EMBEDDING, token))
+            assert not found[HEAD][place].any()
+        else:
+            assert torch.equal(found[HEAD][place].double(), b.row(HEAD, token))
+            low, high = torch.stack(embedding)[:, place].aminmax(dim=0)
+            row = found[EMBEDDING][place].double()
+            assert ((low - 1e-6 <= row) & (row <= high + 1e-6)).all()
+    loads(tmp_path / "out", len(tokens))
+
+
+def test_half_precision_and_other_flags(speakers, tmp_path):
+    lambdas = [3, 2, 1]
+    content = recipe(speakers, lambdas, tokenizer_source="union", dtype="bfloat16")
+    content["base_model"] = str(speakers[0].folder)
+    options = {"async_write": True, "low_cpu_memory": True, "lazy_unpickle": True}
+    found = merged(content, tmp_path / "out", clone_tensors=True, **options)
+    tokens = tokens_of(tmp_path / "out")
+    whole = expected(speakers, tokens, lambdas, base=speakers[0])
+    assert_close(found, {n: t.bfloat16() for n, t in whole.items()}, rtol=1e-2, atol=1e-3)
+
+
+def test_precompute_reads_such_a_recipe(speakers, tmp_path):
+    path = tmp_path / "recipe.yml"
+    tokenizer = {"source": "union", "tokens": {"cat": {"source": str(speakers[0].folder)}}}
+    path.write_text(yaml.safe_dump(recipe(speakers, tokenizer=tokenizer)))
+    assert [str(m.reference) for m in read_recipe(path).models] == [str(s.folder) for s in speakers]

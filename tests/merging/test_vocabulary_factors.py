@@ -1,0 +1,153 @@
+"""`regmean` and `mats` on models of different vocabularies, against the equation written whole."""
+
+import pytest
+import torch
+from factors import mean, merged_matrix, scale
+from models import random_fishers, read, write_fishers
+from running import assert_close, merged, mergekit_yaml, recipe_of
+from vocabulary_oracle import dense, fisher_rows, make_described_speaker, rows, tokens_of
+
+METHODS = {"gram": "regmean", "kfac": "mats"}
+both_kinds = pytest.mark.parametrize("kind", list(METHODS))
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WORDS = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
+LAMBDAS = [0.5, 0.3, 0.2]
+
+
+def speakers_of(place, kind, words=WORDS, **options):
+    made = [
+        make_described_speaker(place / name, w, kind, seed=seed, scale=10.0**seed, **options)
+        for seed, (name, w) in enumerate(zip("abc", words, strict=False))
+    ]
+    return [speaker for speaker, _ in made], [described for _, described in made]
+
+
+def recipe(speakers, kind, lambdas=LAMBDAS, *, base=0, **top):
+    parameters = top.pop("parameters", {}) | ({"tolerance": 1e-10} if kind == "kfac" else {})
+    return recipe_of(
+        *(s.folder for s in speakers),
+        method=METHODS[kind],
+        lambdas=lambdas,
+        parameters=parameters,
+        base_model=str(speakers[base].folder),
+        **top,
+    )
+
+
+def check(found, expected):
+    assert_close({name: found[name] for name in expected}, expected, rtol=1e-4, atol=1e-4)
+
+
+def scales_of(described, kind, names):
+    return [scale(made, names) for made in described] if kind == "kfac" else None
+
+
+@both_kinds
+def test_a_union_by_the_command(tmp_path, kind):
+    """Head and embedding by their factors; the head's Gram is each group's of tokens by itself."""
+    speakers, described = speakers_of(tmp_path, kind)
+    options = {"embeddings": True}
+    content = recipe(speakers, kind, parameters=options, tokenizer={"pad_to_multiple_of": 8})
+    process, out = mergekit_yaml(content, tmp_path)
+    assert process.returncode == 0, process.stderr
+    found, tokens = read(out), tokens_of(out)
+    padding = 16 - len(tokens)
+    assert padding > 0
+    scales = scales_of(described, kind, described[0].factors)
+    expected = {
+        name: dense(
+            speakers, described, name, tokens, LAMBDAS,
+            base=speakers[0], scales=scales, padding=padding,
+        )
+        for name in (EMBEDDING, HEAD)
+    }  # fmt: skip
+    for name in (n for n in described[0].thetas if n not in expected):
+        parts = list(zip(described, [name] * 3, LAMBDAS, strict=True))
+        expected[name] = (
+            merged_matrix(parts, scales)
+            if name in described[0].factors
+            else mean([made.thetas[name] for made in described], LAMBDAS)
+        )
+    assert set(found) == set(expected)
+    check(found, expected)
+    for speaker, token in zip(speakers, ("alpha", "beta", "gamma"), strict=True):
+        for name in (EMBEDDING, HEAD):
+            torch.testing.assert_close(
+                found[name][tokens.index(token)].double(), speaker.row(name, token)
+            )
+
+
+def test_a_head_whose_output_factor_is_a_diagonal(tmp_path):
+    """As of every vocabulary of any size."""
+    speakers, described = speakers_of(tmp_path, "kfac", WORDS[:2])
+    for made in described:
+        stored = made.factors[HEAD].outputs
+        made.stored[stored] = made.stored[stored].diagonal().clone()
+        made.write()
+    content = recipe(speakers, "kfac", [1, 3], tokenizer_source="union")
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    names = [n for n in described[0].factors if n != EMBEDDING]
+    scales = scales_of(described, "kfac", names)
+    expected = dense(speakers, described, HEAD, tokens, [1, 3], base=speakers[0], scales=scales)
+    check(found, {HEAD: expected})
+
+
+@both_kinds
+def test_few_rows(tmp_path, kind):
+    """Inputs of which little was seen: a token keeps its only row to the last bits there, too."""
+    speakers, _ = speakers_of(tmp_path, kind, rows=2)
+    found = merged(recipe(speakers, kind, tokenizer_source="union"), tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    for speaker, token in zip(speakers, ("alpha", "beta", "gamma"), strict=True):
+        row = found[HEAD][tokens.index(token)].double()
+        torch.testing.assert_close(row, speaker.row(HEAD, token), rtol=1e-5, atol=1e-5)
+
+
+@both_kinds
+@pytest.mark.parametrize("others", ["mean", "fisher"])
+def test_an_embedding_by_others(tmp_path, kind, others):
+    """The mean of mergekit's aligned rows, as its `linear`; or by the Fisher of each own row."""
+    speakers, described = speakers_of(tmp_path, kind)
+    for seed, (speaker, made) in enumerate(zip(speakers, described, strict=True)):
+        fishers = random_fishers(speaker.folder, seed)
+        write_fishers(speaker.folder, fishers)
+        made.write()
+        # The scale is that of what is merged by it.
+        speaker.fishers = {
+            n: f for n, f in fishers.items() if n not in made.factors or n == EMBEDDING
+        }
+    content = recipe(speakers, kind, parameters={"others": others}, tokenizer_source="union")
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    tables, own = rows(speakers, EMBEDDING, tokens, speakers[0])
+    expected = mean(tables, LAMBDAS)
+    if others == "fisher":
+        expected = fisher_rows(tables, own, speakers, EMBEDDING, tokens, LAMBDAS)
+    check(found, {EMBEDDING: expected})
+
+
+@both_kinds
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_truncation(tmp_path, kind, diagonal):
+    """Rows and what was measured of them are cut alike."""
+    speakers, described = speakers_of(tmp_path, kind, ("cat dog the", "dog cat the mat on"))
+    for made in described if diagonal and kind == "kfac" else ():
+        stored = made.factors[HEAD].outputs
+        made.stored[stored] = made.stored[stored].diagonal().clone()
+        made.write()
+    content = recipe(speakers, kind, [1, 2], parameters={"embeddings": True})
+    found = merged(content, tmp_path / "out", unsafe_truncate_embeddings=True)
+    scales = scales_of(described, kind, described[0].factors)
+    size = len(speakers[0].tokens)
+    big = described[1]
+    for name in (EMBEDDING, HEAD):
+        big.thetas[name] = big.thetas[name][:size]
+        record = big.factors[name]
+        along = record.inputs if name == EMBEDDING else record.outputs
+        if along is not None:
+            cut = big.stored[along][:size]
+            big.stored[along] = cut if cut.ndim == 1 else cut[:, :size]
+    parts = {n: [(made, n, lam) for made, lam in zip(described, [1, 2], strict=True)]
+             for n in (EMBEDDING, HEAD)}  # fmt: skip
+    check(found, {name: merged_matrix(part, scales) for name, part in parts.items()})
