@@ -15,6 +15,9 @@ from models import Tensors, make_measured
 from tokenizers_of_words import SPECIAL, give_tokenizer
 
 FLOOR = 1e-6
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TABLES = (EMBEDDING, HEAD)
+"""Those of an untied Llama."""
 
 
 @dataclass
@@ -121,6 +124,51 @@ def fisher_rows(
             top[i] += lam * (known + FLOOR) * table[i]
             bottom[i] += lam * (known + FLOOR)
     return top / bottom
+
+
+def expected(
+    speakers: Sequence[Speaker],
+    tokens: Sequence[str],
+    lambdas: Sequence[float],
+    tables: Sequence[str] = TABLES,
+    base: Speaker | None = None,
+    **how: object,
+) -> Tensors:
+    """Return the whole merged model; of speakers of lambda 0 only what they fill in."""
+    counting = [s for s, lam in zip(speakers, lambdas, strict=True) if lam]
+    plain = [n for n in counting[0].thetas if n not in tables]
+    scales = [merge_oracle.scale(s.fishers, s.fishers) for s in counting]
+    own = [lam for lam in lambdas if lam]
+    result = {
+        name: merge_oracle.merge_tensor(
+            [s.thetas[name] for s in counting], [s.fishers[name] for s in counting], own, scales
+        )
+        for name in plain
+    }
+    for name in tables:
+        aligned = rows(speakers, name, tokens, base, **how)
+        kept = [[x for x, lam in zip(part, lambdas, strict=True) if lam] for part in aligned]
+        result[name] = fisher_rows(*kept, counting, name, tokens, own)
+    return result
+
+
+def loads(out: Path, size: int) -> None:
+    """Check that transformers loads the merged model, with its tokenizer."""
+    config = transformers.AutoConfig.from_pretrained(out)
+    assert config.vocab_size == size
+    architecture = getattr(transformers, config.architectures[0])
+    model, info = architecture.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) <= size
+    model(
+        **{
+            k: v
+            for k, v in tokenizer("the cat", return_tensors="pt").items()
+            if k != "token_type_ids"
+        }
+    )
 
 
 def dense(

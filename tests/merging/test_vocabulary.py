@@ -5,15 +5,25 @@ import pytest
 import torch
 import transformers
 import yaml
+from mergekit.tokenizer import build
 from models import FAMILIES, random_fishers, read, rewrite, write_fishers
 from running import assert_close, merged, mergekit_yaml, recipe_of
 from tokenizers_of_words import SPECIAL, give_tokenizer
-from vocabulary_oracle import Speaker, filled, fisher_rows, make_speaker, rows, tokens_of
+from vocabulary_oracle import (
+    EMBEDDING,
+    HEAD,
+    TABLES,
+    Speaker,
+    expected,
+    filled,
+    fisher_rows,
+    loads,
+    make_speaker,
+    rows,
+    tokens_of,
+)
 
 from fisher_mergekit.recipe import read_recipe
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TABLES = (EMBEDDING, HEAD)
 
 
 @pytest.fixture
@@ -28,44 +38,6 @@ def speakers(tmp_path):
 
 def recipe(speakers, lambdas=None, **top):
     return recipe_of(*(s.folder for s in speakers), lambdas=lambdas, **top)
-
-
-def expected(speakers, tokens, lambdas, tables=TABLES, base=None, **how):
-    """Return the whole merged model; of speakers of lambda 0 only what they fill in."""
-    counting = [s for s, lam in zip(speakers, lambdas, strict=True) if lam]
-    plain = [n for n in counting[0].thetas if n not in tables]
-    scales = [merge_oracle.scale(s.fishers, s.fishers) for s in counting]
-    own = [lam for lam in lambdas if lam]
-    result = {
-        name: merge_oracle.merge_tensor(
-            [s.thetas[name] for s in counting], [s.fishers[name] for s in counting], own, scales
-        )
-        for name in plain
-    }
-    for name in tables:
-        aligned = rows(speakers, name, tokens, base, **how)
-        kept = [[x for x, lam in zip(part, lambdas, strict=True) if lam] for part in aligned]
-        result[name] = fisher_rows(*kept, counting, name, tokens, own)
-    return result
-
-
-def loads(out, size):
-    """Check that transformers loads the merged model, with its tokenizer."""
-    config = transformers.AutoConfig.from_pretrained(out)
-    assert config.vocab_size == size
-    architecture = getattr(transformers, config.architectures[0])
-    model, info = architecture.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    assert len(tokenizer) <= size
-    model(
-        **{
-            k: v
-            for k, v in tokenizer("the cat", return_tensors="pt").items()
-            if k != "token_type_ids"
-        }
-    )
 
 
 def test_a_union_by_the_command(speakers, tmp_path):
@@ -395,3 +367,18 @@ def test_precompute_reads_such_a_recipe(speakers, tmp_path):
     tokenizer = {"source": "union", "tokens": {"cat": {"source": str(speakers[0].folder)}}}
     path.write_text(yaml.safe_dump(recipe(speakers, tokenizer=tokenizer)))
     assert [str(m.reference) for m in read_recipe(path).models] == [str(s.folder) for s in speakers]
+
+
+def test_the_tokenizer_is_built_once_in_planning(speakers, tmp_path, monkeypatch):
+    calls = []
+    original = build.build_tokenizer
+    monkeypatch.setattr(
+        build, "build_tokenizer", lambda **how: calls.append(how) or original(**how)
+    )
+    content = recipe(speakers, tokenizer_source="union", base_model=str(speakers[0].folder))
+    merged(content, tmp_path / "1")
+    assert len(calls) == 1
+    # A model's tokenizer may have changed by the next merge of one process.
+    give_tokenizer(speakers[1].folder, pairs=False, tokens=(*speakers[1].tokens[:-1], "moon"))
+    merged(content, tmp_path / "2")
+    assert set(tokens_of(tmp_path / "2")) - set(tokens_of(tmp_path / "1")) == {"moon"}

@@ -5,11 +5,18 @@ import torch
 from factors import mean, merged_matrix, scale
 from models import random_fishers, read, write_fishers
 from running import assert_close, merged, mergekit_yaml, recipe_of
-from vocabulary_oracle import dense, fisher_rows, make_described_speaker, rows, tokens_of
+from vocabulary_oracle import (
+    EMBEDDING,
+    HEAD,
+    dense,
+    fisher_rows,
+    make_described_speaker,
+    rows,
+    tokens_of,
+)
 
 METHODS = {"gram": "regmean", "kfac": "mats"}
 both_kinds = pytest.mark.parametrize("kind", list(METHODS))
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORDS = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
 LAMBDAS = [0.5, 0.3, 0.2]
 
