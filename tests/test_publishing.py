@@ -16,7 +16,14 @@ from huggingface_hub.cli import hf
 from models import make_measured, make_model, random_fishers, read, write_fishers
 from running import assert_close, merged
 
-from fisher_mergekit.sidecar.header import Header, Measurement, ModelIdentity, Settings
+from fisher_mergekit.sidecar.header import (
+    Header,
+    Measurement,
+    ModelIdentity,
+    Settings,
+    WeightRecord,
+)
+from fisher_mergekit.sidecar.location import folder_name, writing_place
 from fisher_mergekit.sidecar.page import PAGE_NAME, render_page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -80,6 +87,7 @@ def test_the_documented_commands_publish_what_others_merge(
     hub = Hub(monkeypatch)
     rte, rte_weights, rte_fisher = make_measured(Path("rte"), seed=1)
     mnli = Path("ORG/mnli")
+    Path("law-lora").mkdir()
     make_model(mnli, seed=2, num_labels=3)  # it is on the Hub without a sidecar
     mnli_weights, mnli_fisher = read(mnli), random_fishers(mnli, 2)
     write_fishers(mnli, mnli_fisher, out=Path("measured/mnli"))
@@ -88,7 +96,9 @@ def test_the_documented_commands_publish_what_others_merge(
     by_kind: dict[str, list[list[str]]] = {"upload": [], "download": []}
     for command in hub_commands(DOCS / "publishing.md"):
         by_kind[command[1]].append(command)
-    own, whole, foreign, result = by_kind["upload"]
+    own, whole, pair, foreign, result = by_kind["upload"]
+    assert Path(pair[3]) == writing_place("law-lora", None, "ORG/base")
+    assert pair[4] == folder_name("ORG/base")
     (fetch,) = by_kind["download"]
 
     hub.run(whole)
@@ -124,7 +134,13 @@ def test_no_documented_command_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub = Hub(monkeypatch)
-    for folder in ("rte/sidecar", "measured/rte", "merged", "ORG/mnli-sidecar"):
+    for folder in (
+        "law-lora/sidecar-ORG--base",
+        "rte/sidecar",
+        "measured/rte",
+        "merged",
+        "ORG/mnli-sidecar",
+    ):
         Path(folder).mkdir(parents=True)
     commands = hub_commands(page)
     assert commands
@@ -177,6 +193,25 @@ def test_the_page_names_what_others_can_find(
     assert "secret" not in page
     (recipe,) = blocks(page, "yaml")
     assert yaml.safe_load(recipe)["models"][0]["model"] == model
+
+
+def test_the_page_of_a_pair_names_the_folder_that_is_looked_for() -> None:
+    page = render_page(header("org/base@v2+org/adapter"))
+    assert "A folder called `sidecar-org--base@v2/` in the adapter's own folder" in page
+    assert yaml.safe_load(blocks(page, "yaml")[0])["models"][0]["parameters"] == {
+        "lambda": 0.5,
+        "sidecar": "./sidecar-org--base@v2",
+    }
+
+
+def test_the_page_of_an_adapter_alone_promises_no_merge() -> None:
+    own = header("org/adapter")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    weights = {name: WeightRecord(dtype="F32", shape=(2, 8), digest="")}
+    measured = {k: m.model_copy(update={"weights": weights}) for k, m in own.kinds.items()}
+    page = render_page(own.model_copy(update={"kinds": measured}))
+    assert "measure and merge `model+adapter`" in page
+    assert not blocks(page, "yaml")
 
 
 @pytest.mark.parametrize(

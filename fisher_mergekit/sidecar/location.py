@@ -21,6 +21,15 @@ def cache_home() -> Path:
     return Path(base) / "fisher_mergekit"
 
 
+def folder_name(base: str | None = None) -> str:
+    """Return the name of a sidecar's folder in its model's own folder, or its adapter's.
+
+    Args:
+        base: the model that the adapter is put on.
+    """
+    return FOLDER_NAME if base is None else f"{FOLDER_NAME}-{_last_part(base)}"
+
+
 def writing_place(reference: str, revision: str | None = None, base: str | None = None) -> Path:
     """Return where a model's sidecar is written: in its own folder, or the user's cache.
 
@@ -33,9 +42,8 @@ def writing_place(reference: str, revision: str | None = None, base: str | None 
         revision: the Hub model's revision, if one was asked for.
         base: the model that the adapter is put on.
     """
-    inside = FOLDER_NAME if base is None else f"{FOLDER_NAME}-{_last_part(base)}"
     if Path(reference).is_dir():
-        return Path(reference) / inside
+        return Path(reference) / folder_name(base)
     name = reference if revision is None else f"{reference}@{revision}"
     return cache_home() / (_one_word(name) + ("" if base is None else f"+{_last_part(base)}"))
 

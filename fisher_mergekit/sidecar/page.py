@@ -10,6 +10,7 @@ from typing import Any
 
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.sidecar.header import NONE, Header, Measurement, Settings
+from fisher_mergekit.sidecar.location import folder_name
 
 KIND_NAMES = {
     "fisher": "diagonal Fisher information",
@@ -42,6 +43,10 @@ no text.
 {kinds}
 ## Use
 
+{use}
+"""
+
+_USE = """\
 With `fisher_mergekit` installed, mergekit's own command reads them:
 
 ```yaml
@@ -49,7 +54,7 @@ With `fisher_mergekit` installed, mergekit's own command reads them:
 merge_method: {method}
 models:
   - model: {model}
-    parameters: {{lambda: 0.5, sidecar: ./sidecar}}     # these files
+    parameters: {{lambda: 0.5, sidecar: ./{folder}}}     # these files
   - model: ANOTHER
     parameters: {{lambda: 0.5}}                         # has a sidecar/ in its own folder
 ```
@@ -58,10 +63,18 @@ models:
 mergekit-yaml recipe.yml merged/
 ```
 
-A folder called `sidecar/` in the model's own folder, or in its repository on the Hub, is found by
-itself; then leave `sidecar:` out. The merge checks that the model's weights are those that were
-measured. `mergekit-fisher inspect ./sidecar` shows the content.
+A folder called `{folder}/` in {where}, or in its repository on the Hub, is
+found by itself; then leave `sidecar:` out. The merge checks that the model's weights are those that
+were measured. `mergekit-fisher inspect ./{folder}` shows the content.\
 """
+
+_USE_ADAPTER = """\
+These are the adapter's own parameters, under the names in its files, measured on the model that it
+was trained on. mergekit does not merge adapters by themselves: measure and merge `model+adapter`.
+`mergekit-fisher inspect ./sidecar` shows the content.\
+"""
+_OF_ADAPTERS = "base_model.model."
+"""How all names in an adapter's files begin."""
 
 _KIND = """\
 ## `{kind}`: {long_name}
@@ -81,7 +94,6 @@ def render_page(header: Header) -> str:
     # Where the model lies on its author's disk is of no use to anybody else.
     names = parts if on_hub else [Path(part).name for part in parts]
     revision = model.revision
-    methods = [row.name for row in METHODS.values() if row.kind in header.kinds] or ["fisher"]
     return _PAGE.format(
         mark=PAGE_MARK,
         name="+".join(names),
@@ -89,8 +101,27 @@ def render_page(header: Header) -> str:
         revision=f" at revision `{revision}`" if revision else "",
         architecture=model.architecture,
         kinds="".join(_kind(kind, m) for kind, m in sorted(header.kinds.items())),
+        use=_use(header, "+".join(names) + (f"@{revision}" if revision else "") if on_hub else ""),
+    )
+
+
+def _use(header: Header, model: str) -> str:
+    """Say what the files are good for.
+
+    Args:
+        header: the sidecar's.
+        model: the model's name on the Hub, if it has one.
+    """
+    weights = [name for m in header.kinds.values() for name in m.weights]
+    if weights and all(name.startswith(_OF_ADAPTERS) for name in weights):
+        return _USE_ADAPTER
+    base, is_pair, _ = header.model.reference.partition("+")
+    methods = [row.name for row in METHODS.values() if row.kind in header.kinds] or ["fisher"]
+    return _USE.format(
         method=methods[0] + "".join(f"     # or {', '.join(methods[1:])}" for _ in methods[1:2]),
-        model="+".join(names) + (f"@{revision}" if revision else "") if on_hub else "MODEL",
+        model=model or "MODEL",
+        folder=folder_name(base if is_pair else None),
+        where="the adapter's own folder" if is_pair else "the model's own folder",
     )
 
 

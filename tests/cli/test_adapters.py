@@ -106,6 +106,8 @@ class TestAnAdapterAlone:
         succeed(*flags(adapter, data, "--attn-implementation", way))
         sidecar = Sidecar(adapter / "sidecar", "fisher")
         assert sidecar.measurement.settings.attn_implementation == way
+        page = (adapter / "sidecar" / "README.md").read_text()
+        assert "mergekit does not merge adapters by themselves" in page
 
     def test_the_model_is_not_touched_and_a_second_run_measures_nothing(self, adapter, bert, data):
         before = snapshot(bert)
@@ -211,6 +213,7 @@ class TestAModelWithAnAdapter:
 
         content = tiny_recipe(references)
         place = adapters[1] / f"sidecar-{bert.name}"
+        assert f"A folder called `{place.name}/`" in (place / "README.md").read_text()
         place.rename(adapters[1] / "away")
         process, _ = mergekit_yaml(content, tmp_path / "m", "--lora-merge-cache", cache)
         assert (
