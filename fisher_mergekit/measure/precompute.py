@@ -95,7 +95,8 @@ def prepare(job: Job) -> Prepared | PreparedState:
             "Leave it out."
         )
     if job.base is None:
-        check_tensors(config, architecture, checkpoint)
+        trusted = job.trust_remote_code
+        check_tensors(config, architecture, checkpoint, trust_remote_code=trusted)
     else:
         check_adapter(checkpoint)
     encoder = _encoder(job, config, architecture)

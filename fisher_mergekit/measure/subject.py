@@ -108,6 +108,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[Pretr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a validator of its own for every field of every architecture
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{folder} brings code of its own, which is not run unasked. Read it, and if you "
+                "trust it add --trust-remote-code, here and for mergekit-yaml."
+            ) from None
         raise CheckpointError(
             f"{folder} is not a model that transformers can read: {error}"
         ) from None
@@ -139,13 +144,23 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def check_tensors(config: PretrainedConfig, architecture: str, checkpoint: Checkpoint) -> None:
+def check_tensors(
+    config: PretrainedConfig,
+    architecture: str,
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
     """Find out, without loading the model, whether the files hold all of it and no NaN.
+
+    A model of remote code is not looked at: it is not run before it has to be.
 
     Raises:
         CheckpointError: a configuration that describes no model.
         MeasureError: a parameter without a tensor of its shape, or a value that is not finite.
     """
+    if trust_remote_code and _has_own_code(config, architecture):
+        return
     try:
         model = skeleton(config, architecture)
     except CheckpointError as error:
@@ -193,8 +208,9 @@ def load_subject(
     if base is not None:
         return _load_adapter(folder, base, used, dtype, device, options)
     checkpoint = Checkpoint(folder)
-    _, architecture = read_config(folder, trust_remote_code=trust_remote_code)
-    model_class = _model_class(architecture)
+    config, architecture = read_config(folder, trust_remote_code=trust_remote_code)
+    own = trust_remote_code and _has_own_code(config, architecture)
+    model_class = _automatic_class(architecture) if own else _model_class(architecture)
     try:
         model = model_class.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -250,12 +266,17 @@ _AUTOMATIC = {
 
 def _model_class(architecture: str) -> Any:
     """Return the transformers class, or the Auto class for remote code."""
-    if hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
-    for head, automatic in _AUTOMATIC.items():
-        if architecture.endswith(head):
-            return getattr(transformers, automatic)
-    return transformers.AutoModelForCausalLM
+    return getattr(transformers, architecture, None) or _automatic_class(architecture)
+
+
+def _automatic_class(architecture: str) -> Any:
+    ends = (name for head, name in _AUTOMATIC.items() if architecture.endswith(head))
+    return getattr(transformers, next(ends, "AutoModelForCausalLM"))
+
+
+def _has_own_code(config: PretrainedConfig, architecture: str) -> bool:
+    """Whether a model brings its class, maybe under the name of one that transformers has too."""
+    return _automatic_class(architecture).__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _settle_padding(config: PretrainedConfig, used: Collection[int]) -> None:

@@ -1,0 +1,111 @@
+"""Models that bring their own code: refused without `--trust-remote-code`, and measured with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import merge_oracle
+import oracles
+import pytest
+import tiny
+import transformers
+from hub import Hub
+from huggingface_hub import constants
+from models import read
+from oracles import assert_same_fishers
+from precomputing import fisher_of, flags, refuse, succeed, write_recipe
+from running import assert_close, merged, recipe_of
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class {family}Config(LlamaConfig):
+    model_type = "{kind}"
+
+
+class {family}ForCausalLM(LlamaForCausalLM):
+    config_class = {family}Config
+
+    def forward(self, *args, **kwargs):
+        result = super().forward(*args, **kwargs)
+        result.logits = 0.5 * result.logits
+        return result
+"""
+"""A Llama that is half as sure of everything."""
+
+
+def save(folder: Path, family: str = "Toy", seed: int = 0) -> Path:
+    """Save a model with a class of its own."""
+    tiny.save_model(folder, "llama", seed=seed)
+    kind = family.lower()
+    (folder / f"{kind}_code.py").write_text(CODE.format(family=family, kind=kind))
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | {
+        "model_type": kind,
+        "architectures": [f"{family}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{kind}_code.{family}Config",
+            "AutoModelForCausalLM": f"{kind}_code.{family}ForCausalLM",
+        },
+    }
+    path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path, monkeypatch):
+    """transformers copies such code into a cache; not into the user's."""
+    place = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
+    monkeypatch.syspath_prepend(place)
+
+
+def by_loop(folder: Path) -> dict:
+    """Return the empirical Fisher of the model with its own code, example by example."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [tokenizer(row["text"])["input_ids"] for row in tiny.ROWS]
+    examples = [tiny.text(i, ids) for i, ids in enumerate(texts)]
+    given = {example.number: tiny.ids_of(example) for example in examples}
+    return oracles.causal_lm_given(model.eval(), examples, given)
+
+
+@pytest.mark.parametrize("family", ["Toy", "Llama"])
+def test_measured_by_its_own_code(tmp_path, data, family):
+    """Also where transformers has a class of the very same name."""
+    model = save(tmp_path / "model", family)
+    succeed(*flags(model, data, "--estimator", "empirical", "--trust-remote-code"))
+    assert_same_fishers(fisher_of(model), by_loop(model))
+
+
+def test_refused_without_the_flag(tmp_path, data):
+    message = refuse(*flags(save(tmp_path / "model"), data))
+    assert "brings code of its own, which is not run unasked" in message
+    assert "add --trust-remote-code, here and for mergekit-yaml." in message
+    assert not (tmp_path / "modules").exists()
+
+
+def test_measured_and_merged(tmp_path, data):
+    a, b = (save(tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    recipe = write_recipe(tmp_path, a, b, calibration={"path": str(data), "text": "text"})
+    said = succeed(recipe, "--trust-remote-code")
+    assert f"Next: mergekit-yaml {recipe} merged/ --trust-remote-code" in said
+    found = merged(recipe_of(a, b), tmp_path / "out", trust_remote_code=True)
+    thetas, fishers = [read(a), read(b)], [fisher_of(a), fisher_of(b)]
+    assert_close(found, merge_oracle.merge(thetas, fishers, [1, 1], list(thetas[0])))
+    with pytest.raises(ValueError, match="trust_remote_code"):  # by mergekit itself
+        merged(recipe_of(a, b), tmp_path / "refused")
+
+
+def test_the_code_of_a_model_of_the_hub_is_fetched(tmp_path, data, monkeypatch):
+    hub = Hub()
+    hub.publish("me/toy", save(tmp_path / "model"))
+    monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path / "own"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.cached("me/toy", tmp_path / "hub")
+    arguments = ("--model", "me/toy", "--path", data, "--text", "text")
+    assert "brings code of its own" in refuse(*arguments)
+    assert "Measured 1 of 1" in succeed(*arguments, "--trust-remote-code")
