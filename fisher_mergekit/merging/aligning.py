@@ -129,9 +129,11 @@ class TokenRows(OwnRows):
 
     def execute(self, info: TokenizerInfo, **_: Any) -> torch.Tensor:
         """Return the rows' numbers, int64."""
-        rows = torch.full((self.size,), ABSENT)
+        # On the CPU, where the precisions are, also in a thread that works for one of several GPUs.
+        rows = torch.full((self.size,), ABSENT, device="cpu")
         places = info.permutations[self.model]
-        rows[torch.tensor(list(places))] = torch.tensor(list(places.values()))
+        own = torch.tensor(list(places.values()), device="cpu")
+        rows[torch.tensor(list(places), device="cpu")] = own
         numbers = info.tokenizer.get_vocab()
         rows[[numbers[token] for token in self.forced]] = ABSENT
         return rows
@@ -146,7 +148,7 @@ class FirstRows(OwnRows):
 
     def execute(self, **_: Any) -> torch.Tensor:
         """Return the rows' numbers, int64."""
-        return torch.arange(self.size)
+        return torch.arange(self.size, device="cpu")
 
 
 class AlignPrecision(Precision):

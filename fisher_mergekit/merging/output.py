@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fisher_mergekit.merging.slots import Slot
 from fisher_mergekit.merging.vocabulary import Vocabulary
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
 from fisher_mergekit.sidecar.layout import Layout, skeleton
+
+LOG = logging.getLogger(__name__)
 
 TASK_CLASSES = (
     "Classification",
@@ -58,7 +61,8 @@ def left_out(
 ) -> list[str]:
     """Check that mergekit knows every parameter of a model that is built like the output.
 
-    What it does not know it leaves out in silence, and transformers then draws it at random.
+    What it does not know it leaves out in silence, and transformers then draws it at random. Of a
+    model of another architecture (`--allow-crimes`) it is told what the output has no place for.
 
     Args:
         files: the model's.
@@ -67,14 +71,21 @@ def left_out(
         architecture: mergekit's description of the models.
         output_config: the output's `transformers` configuration.
     """
-    if config.architectures != output_config.architectures:
-        return []
     known: set[str] = set()
     for weight in architecture.all_weights(config):
         known |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
         stored = files.find(weight)
         known |= {part.name for part in stored.parts} if stored is not None else set()
     unknown = [name for name in names if name not in known]
+    if unknown and config.architectures != output_config.architectures:
+        LOG.warning(
+            "%s is a %s: what the output, a %s, has no place for is left out: %s.",
+            files.model,
+            config.architectures[0],
+            output_config.architectures[0],
+            some(unknown),
+        )
+        return []
     return [_lacking(unknown, str(files.model))] if unknown else []
 
 

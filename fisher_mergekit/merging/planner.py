@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from mergekit.architecture import WeightInfo
+from mergekit.architecture import WeightInfo, arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.plan import MergePlanner
@@ -53,6 +53,10 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     config, options = planner.config, planner.options
     method = METHODS[config.merge_method]
 
+    if options.allow_crimes and planner.arch_info.architectures:
+        # mergekit takes the description of whichever model comes first in a set.
+        described = arch_info_for_config(planner.out_model_config)
+        planner.arch_info = described or planner.arch_info
     sliced = is_sliced(config)  # before mergekit turns everything into slices
     problems = checks.recipe(config)
     patterns: tuple[str, ...] = ()
