@@ -7,7 +7,7 @@ name is another layer's). Hence the planner merges, and the kernel only refuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 from mergekit.merge_methods.base import (
@@ -54,6 +54,21 @@ class PlannedMethod(MergeMethod):
             "recipe and run mergekit-yaml (not mergekit-pytorch, merge_tensors or "
             "merge_state_dicts)."
         )
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Validate a slice's models, or refuse before `mergekit-pytorch` begins.
+
+        The planner names the slice that it asks about. Who names nothing has no recipe for it.
+        """
+        if group_name is None:
+            self._refuse()
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
 
     def __call__(self, groups: Sequence[TensorGroup], /, **_: Any) -> NoReturn:
         """Refuse: called by `merge_tensors` and `merge_state_dicts`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 import types
 
 import merge_oracle
@@ -19,12 +20,14 @@ from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 from models import make_measured, read
-from running import assert_close, merged, recipe_of
+from running import assert_close, command, merged, recipe_of
 
-from fisher_mergekit.errors import PlanningError, SidecarError
+from fisher_mergekit.errors import FisherMergekitError, PlanningError, SidecarError
 from fisher_mergekit.merging import tasks
 from fisher_mergekit.merging.aligning import ABSENT, FirstRows, OwnRows
 
@@ -137,6 +140,16 @@ def devices(monkeypatch):
     monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_module", lambda *_: nothing)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    work = multigpu_executor.MultiGPUExecutor._device_worker
+
+    def patient(self, *args, **kwargs):
+        # mergekit 0.1.5 ends the thread that collects results without asking whether any are left
+        # over, which is a matter of luck with tasks as small as these.
+        work(self, *args, **kwargs)
+        while not self.task_completion_queue.empty():
+            time.sleep(1e-3)
+
+    monkeypatch.setattr(multigpu_executor.MultiGPUExecutor, "_device_worker", patient)
 
 
 @pytest.mark.parametrize("method", METHODS.values())
@@ -264,6 +277,35 @@ class TestCrimes:
         (problem,) = info.value.problems
         assert f"{folders[0]} lacks model.layers.0.self_attn.k_proj.bias" in problem
         assert "the line `exclude: [" in problem
+
+
+def test_tensors_without_a_recipe_are_refused_before_any_is_read():
+    """By `mergekit-pytorch`, `merge_state_dicts` and `merge_tensors`, also with sidecars given."""
+    config = RawPyTorchMergeConfig.model_validate(
+        {"merge_method": "mats", "models": [{"model": "./no-such-file.safetensors"}]}
+    )
+    tensors = [torch.zeros(2), torch.ones(2)]
+    given = {"sidecar": ["./a/sidecar", "./b/sidecar"], "lambda": [1, 2]}
+    for call in (
+        lambda: plan_flat_merge(config, "out", False, False, MergeOptions()),
+        lambda: merge_tensors(tensors, "regmean", parameters=given),
+        lambda: merge_state_dicts([{"w": t} for t in tensors], "fisher", parameters=given),
+    ):
+        with pytest.raises(FisherMergekitError, match="write a recipe and run mergekit-yaml"):
+            call()
+
+
+@pytest.mark.slow
+def test_mergekit_pytorch_says_one_sentence(recipes, tmp_path):
+    recipe, _ = recipes["fisher"]
+    models = [{"model": f"{entry['model']}/model.safetensors"} for entry in recipe["models"]]
+    path = tmp_path / "raw.yml"
+    path.write_text(yaml.safe_dump({"merge_method": "fisher", "models": models}))
+    process = command("mergekit-pytorch", path, tmp_path / "out")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert "Error: merge method 'fisher' needs the measured sidecar" in process.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
