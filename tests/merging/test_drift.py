@@ -51,6 +51,7 @@ NAMES = {
     "mergekit.architecture": {
         "ModelArchitecture": "which tensors a model of an architecture has",
         "WeightInfo": "what a tensor is called in a model, and whether it may be missing",
+        "arch_info_for_config": "the description of the output, where architectures are mixed",
     },
     "mergekit.card": {"is_hf": "whether a path is linked to the Hub; asked for each model"},
     "mergekit.common": {
@@ -354,6 +355,16 @@ class TestPlanner:
         else:
             (back,) = planner.plan_in_memory()
             assert (back.weight_info, back.tensor_task) == (weight, task)
+
+    def test_the_planner_names_the_slice_whose_inputs_it_validates(self, pair, monkeypatch):
+        """Who names none, as mergekit-pytorch, has tensors and no recipe."""
+        seen = []
+        monkeypatch.setattr(
+            MergeMethod, "validate_inputs", lambda *_, group_name=None: seen.append(group_name)
+        )
+        planned(recipe_of(*pair, method="linear", parameters={"weight": 1}))
+        assert seen
+        assert all(seen)
 
     def test_a_contract_that_ignores_the_base(self):
         one, two = (ModelReference.parse(name) for name in "ab")
