@@ -180,14 +180,14 @@ def dense(
     *,
     base: Speaker | None = None,
     scales: Sequence[float] | None = None,
-    padding: int = 0,
+    **how: object,
 ) -> torch.Tensor:
     """Merge one table of tokens by the equation written down whole, for Kronecker factors.
 
     What is measured of a token that a model lacks is zero, and what couples tokens that other
     models have is, too. Where nobody knows anything, the mean stays.
     """
-    tables, own = rows(speakers, name, tokens, base, padding=padding)
+    tables, own = rows(speakers, name, tokens, base, **how)  # type: ignore[arg-type]
     known = [i for i in range(len(tables[0])) if any(has[i] for has in own)]
     pattern = [tuple(has[i] for has in own) for i in known]
     alike = torch.tensor([[p == q for q in pattern] for p in pattern]).double()

@@ -1,15 +1,19 @@
 """`regmean` and `mats` on models of different vocabularies, against the equation written whole."""
 
 import pytest
+import tiny
 import torch
 from factors import mean, merged_matrix, scale
-from models import random_fishers, read, write_fishers
-from running import assert_close, merged, mergekit_yaml, recipe_of
+from models import make_model, random_fishers, read, write_fishers
+from precomputing import succeed, write_recipe
+from running import assert_close, command, merged, mergekit_yaml, recipe_of
+from tokenizers_of_words import SPECIAL, give_tokenizer
 from vocabulary_oracle import (
     EMBEDDING,
     HEAD,
     dense,
     fisher_rows,
+    loads,
     make_described_speaker,
     rows,
     tokens_of,
@@ -158,3 +162,70 @@ def test_truncation(tmp_path, kind, diagonal):
     parts = {n: [(made, n, lam) for made, lam in zip(described, [1, 2], strict=True)]
              for n in (EMBEDDING, HEAD)}  # fmt: skip
     check(found, {name: merged_matrix(part, scales) for name, part in parts.items()})
+
+
+@both_kinds
+def test_a_forced_token(tmp_path, kind):
+    """It is obeyed, and does not bend the others."""
+    speakers, described = speakers_of(tmp_path, kind)
+    tokens = {"cat": {"source": {"kind": "zero"}, "force": True}}
+    content = recipe(speakers, kind, tokenizer={"source": "base", "tokens": tokens})
+    found = merged(content, tmp_path / "out")
+    how = {"given": {"cat": torch.zeros(8)}, "forced": ("cat",)}
+    names = [n for n in described[0].factors if n != EMBEDDING]
+    expected = dense(
+        speakers, described, HEAD, speakers[0].tokens, LAMBDAS,
+        base=speakers[0], scales=scales_of(described, kind, names), **how,
+    )  # fmt: skip
+    check(found, {HEAD: expected})
+    assert not found[HEAD][speakers[0].tokens.index("cat")].any()
+    assert not found[EMBEDDING][speakers[0].tokens.index("cat")].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
+def test_measured_and_merged(tmp_path, method, tied):
+    """One recipe for both commands: what was measured of a tied head's rows goes along, too."""
+    words = ("the film was very good alpha", "the cat sat not good beta bad")
+    folders = []
+    for seed, (name, w) in enumerate(zip("ab", words, strict=True)):
+        tokens = (*SPECIAL, *w.split())
+        folders.append(make_model(
+            tmp_path / name, "llama", seed=seed, vocab_size=len(tokens), tie_word_embeddings=tied,
+            pad_token_id=0,
+        ))  # fmt: skip
+        give_tokenizer(folders[-1], pairs=False, tokens=tokens)
+    path = write_recipe(
+        tmp_path,
+        *folders,
+        calibration={"path": str(tiny.write_rows(tmp_path / "data.jsonl")), "text": "text"},
+        merge_method=method,
+        base_model=str(folders[0]),
+        tokenizer={"source": "union", "pad_to_multiple_of": 4},
+        parameters={} if method == "fisher" else {"embeddings": True},
+    )
+    succeed(path)
+    process = command("mergekit-yaml", path, tmp_path / "out", "--quiet")
+    assert process.returncode == 0, process.stderr
+    found, tokens = read(tmp_path / "out"), tokens_of(tmp_path / "out")
+    assert (HEAD in found) != tied
+    loads(tmp_path / "out", -(-len(tokens) // 4) * 4)
+    models = [read(folder) for folder in folders]
+    vocabularies = [tokens_of(folder) for folder in folders]
+    for name in (EMBEDDING,) if tied else (EMBEDDING, HEAD):
+        for token in tokens:
+            own = [
+                model[name][vocabulary.index(token)]
+                for model, vocabulary in zip(models, vocabularies, strict=True)
+                if token in vocabulary
+            ]
+            row = found[name][tokens.index(token)]
+            if len(own) == 1:
+                torch.testing.assert_close(row, own[0], rtol=1e-5, atol=1e-5)
+    shared = [tokens.index(token) for token in ("the", "good")]
+    average = torch.stack([
+        model["model.norm.weight"] for model in models
+    ]).mean(0)  # fmt: skip
+    assert found[EMBEDDING][shared].isfinite().all()
+    assert torch.allclose(found["model.norm.weight"], average) == (method != "fisher")
