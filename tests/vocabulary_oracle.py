@@ -39,7 +39,8 @@ def make_speaker(
 ) -> Speaker:
     """Make a model of the special tokens and these words."""
     tokens = (*SPECIAL, *words.split())
-    made = make_measured(folder, family, seed=seed, **{"vocab_size": len(tokens), **options})
+    sizes = {} if "text_config" in options else {"vocab_size": len(tokens)}
+    made = make_measured(folder, family, seed=seed, **sizes, **options)
     give_tokenizer(folder, pairs=False, tokens=tokens)
     return Speaker(made[0], tokens, *made[1:])
 

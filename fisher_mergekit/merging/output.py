@@ -126,8 +126,9 @@ def loads(slots: Sequence[Slot], config: Any, tokens: Vocabulary) -> list[str]:
                 return [
                     f"with the output's vocabulary {name} would have to be "
                     f"{list(held[name].shape)}, but merged it is {list(shape)}: mergekit does not "
-                    "know where this kind of model has its tokens. Merge models of one vocabulary, "
-                    "without `tokenizer_source` and `tokenizer`."
+                    "know where this kind of model has its tokens, or where its configuration says "
+                    "how many they are. Merge models of one vocabulary, without "
+                    "`tokenizer_source` and `tokenizer`."
                 ]
     again = {s.name for g in layout.groups if not g.is_plain for s in g.sources}
     twice = [s.name for s in slots if s.name in again and any(x.is_made for x in s.sources)]

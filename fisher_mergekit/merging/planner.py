@@ -91,7 +91,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
         else output.configuration(outputs, planner.arch_info, planner.out_model_config)
     )
     if not problems:  # so that every row of tokens has its number
-        problems += output.loads(outputs, vocabulary.output_config(planner, tokens), tokens)
+        problems += output.loads(outputs, vocabulary.settle(planner, tokens), tokens)
 
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)

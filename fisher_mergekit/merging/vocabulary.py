@@ -139,17 +139,26 @@ def problems_of(slots: Sequence[Slot], vocabulary: Vocabulary) -> list[str]:
     return list(problems)
 
 
-def output_config(planner: MergePlanner, vocabulary: Vocabulary) -> Any:
-    """Return the output's configuration as mergekit will write it, with the size of the vocabulary.
+def settle(planner: MergePlanner, vocabulary: Vocabulary) -> Any:
+    """Let the output's configuration say how large its vocabulary is, where mergekit does not.
 
-    Only to look at: mergekit updates its own after the merge.
+    mergekit writes the size after the merge, for most kinds of models of pictures and text beside
+    the place that is read.
+
+    Returns:
+        The configuration as it will be written, to look at.
     """
     if vocabulary.info is None:
         return planner.out_model_config
+    size = _padded(len(vocabulary.info.tokenizer.get_vocab()), vocabulary.multiple)
+    try:
+        inner = planner.out_model_config.get_text_config()
+    except ValueError:  # there are several
+        inner = planner.out_model_config
+    if inner is not planner.out_model_config and hasattr(inner, "vocab_size"):
+        inner.vocab_size = size
     config = deepcopy(planner.out_model_config)
-    key = planner.arch_info.vocab_size_config_key or "vocab_size"
-    count = len(vocabulary.info.tokenizer.get_vocab())
-    set_config_value(config, key, _padded(count, vocabulary.multiple))
+    set_config_value(config, planner.arch_info.vocab_size_config_key or "vocab_size", size)
     return config
 
 

@@ -4,8 +4,6 @@ import merge_oracle
 import pytest
 import torch
 import transformers
-import yaml
-from mergekit.tokenizer import build
 from models import FAMILIES, random_fishers, read, rewrite, write_fishers
 from running import assert_close, merged, mergekit_yaml, recipe_of
 from tokenizers_of_words import SPECIAL, give_tokenizer
@@ -22,8 +20,6 @@ from vocabulary_oracle import (
     rows,
     tokens_of,
 )
-
-from fisher_mergekit.recipe import read_recipe
 
 
 @pytest.fixture
@@ -316,69 +312,3 @@ def test_truncation(tmp_path, unlisted):
         for name in base.thetas
     }
     assert_close(found, expected)
-
-
-def test_slices_take_the_tokens_of_their_models(speakers, tmp_path):
-    """As in mergekit: the embedding is the first slice's, the head the last's."""
-    a, b, _ = speakers
-
-    def piece(layer, *sources):
-        return {
-            "sources": [
-                {"model": str(s.folder), "layer_range": [layer, layer + 1]} for s in sources
-            ]
-        }
-
-    content = {
-        "merge_method": "fisher",
-        "dtype": "float32",
-        "tokenizer_source": "union",
-        "base_model": str(a.folder),
-        "slices": [piece(0, a, b), piece(1, b)],
-    }
-    found = merged(content, tmp_path / "out")
-    tokens = tokens_of(tmp_path / "out")
-    embedding, _ = rows([a, b], EMBEDDING, tokens, a)
-    for place, token in enumerate(tokens):
-        if token not in b.tokens:
-            assert torch.equal(found[EMBEDDING][place].double(), a.row(EMBEDDING, token))
-            assert not found[HEAD][place].any()
-        else:
-            assert torch.equal(found[HEAD][place].double(), b.row(HEAD, token))
-            low, high = torch.stack(embedding)[:, place].aminmax(dim=0)
-            row = found[EMBEDDING][place].double()
-            assert ((low - 1e-6 <= row) & (row <= high + 1e-6)).all()
-    loads(tmp_path / "out", len(tokens))
-
-
-def test_half_precision_and_other_flags(speakers, tmp_path):
-    lambdas = [3, 2, 1]
-    content = recipe(speakers, lambdas, tokenizer_source="union", dtype="bfloat16")
-    content["base_model"] = str(speakers[0].folder)
-    options = {"async_write": True, "low_cpu_memory": True, "lazy_unpickle": True}
-    found = merged(content, tmp_path / "out", clone_tensors=True, **options)
-    tokens = tokens_of(tmp_path / "out")
-    whole = expected(speakers, tokens, lambdas, base=speakers[0])
-    assert_close(found, {n: t.bfloat16() for n, t in whole.items()}, rtol=1e-2, atol=1e-3)
-
-
-def test_precompute_reads_such_a_recipe(speakers, tmp_path):
-    path = tmp_path / "recipe.yml"
-    tokenizer = {"source": "union", "tokens": {"cat": {"source": str(speakers[0].folder)}}}
-    path.write_text(yaml.safe_dump(recipe(speakers, tokenizer=tokenizer)))
-    assert [str(m.reference) for m in read_recipe(path).models] == [str(s.folder) for s in speakers]
-
-
-def test_the_tokenizer_is_built_once_in_planning(speakers, tmp_path, monkeypatch):
-    calls = []
-    original = build.build_tokenizer
-    monkeypatch.setattr(
-        build, "build_tokenizer", lambda **how: calls.append(how) or original(**how)
-    )
-    content = recipe(speakers, tokenizer_source="union", base_model=str(speakers[0].folder))
-    merged(content, tmp_path / "1")
-    assert len(calls) == 1
-    # A model's tokenizer may have changed by the next merge of one process.
-    give_tokenizer(speakers[1].folder, pairs=False, tokens=(*speakers[1].tokens[:-1], "moon"))
-    merged(content, tmp_path / "2")
-    assert set(tokens_of(tmp_path / "2")) - set(tokens_of(tmp_path / "1")) == {"moon"}

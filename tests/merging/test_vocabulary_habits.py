@@ -1,0 +1,132 @@
+"""Aligned vocabularies with slices, flags, models of pictures; and what is done once."""
+
+import pytest
+import torch
+import transformers
+import yaml
+from mergekit.tokenizer import build
+from models import FAMILIES
+from running import assert_close, merged, recipe_of
+from tokenizers_of_words import give_tokenizer
+from vocabulary_oracle import (
+    EMBEDDING,
+    HEAD,
+    expected,
+    fisher_rows,
+    loads,
+    make_speaker,
+    rows,
+    tokens_of,
+)
+
+from fisher_mergekit.errors import PlanningError
+from fisher_mergekit.merging import vocabulary
+from fisher_mergekit.recipe import read_recipe
+
+
+@pytest.fixture
+def speakers(tmp_path):
+    """Return models that share words, in different places; each has one that no other has."""
+    words = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
+    return [
+        make_speaker(tmp_path / n, w, seed=i)
+        for i, (n, w) in enumerate(zip("abc", words, strict=True))
+    ]
+
+
+def recipe(speakers, lambdas=None, **top):
+    return recipe_of(*(s.folder for s in speakers), lambdas=lambdas, **top)
+
+
+def test_slices_take_the_tokens_of_their_models(speakers, tmp_path):
+    """As in mergekit: the embedding is the first slice's, the head the last's."""
+    a, b, _ = speakers
+
+    def piece(layer, *sources):
+        return {
+            "sources": [
+                {"model": str(s.folder), "layer_range": [layer, layer + 1]} for s in sources
+            ]
+        }
+
+    content = {
+        "merge_method": "fisher",
+        "dtype": "float32",
+        "tokenizer_source": "union",
+        "base_model": str(a.folder),
+        "slices": [piece(0, a, b), piece(1, b)],
+    }
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    embedding, _ = rows([a, b], EMBEDDING, tokens, a)
+    for place, token in enumerate(tokens):
+        if token not in b.tokens:
+            assert torch.equal(found[EMBEDDING][place].double(), a.row(EMBEDDING, token))
+            assert not found[HEAD][place].any()
+        else:
+            assert torch.equal(found[HEAD][place].double(), b.row(HEAD, token))
+            low, high = torch.stack(embedding)[:, place].aminmax(dim=0)
+            row = found[EMBEDDING][place].double()
+            assert ((low - 1e-6 <= row) & (row <= high + 1e-6)).all()
+    loads(tmp_path / "out", len(tokens))
+
+
+def test_half_precision_and_other_flags(speakers, tmp_path):
+    lambdas = [3, 2, 1]
+    content = recipe(speakers, lambdas, tokenizer_source="union", dtype="bfloat16")
+    content["base_model"] = str(speakers[0].folder)
+    options = {"async_write": True, "low_cpu_memory": True, "lazy_unpickle": True}
+    found = merged(content, tmp_path / "out", clone_tensors=True, **options)
+    tokens = tokens_of(tmp_path / "out")
+    whole = expected(speakers, tokens, lambdas, base=speakers[0])
+    assert_close(found, {n: t.bfloat16() for n, t in whole.items()}, rtol=1e-2, atol=1e-3)
+
+
+def test_precompute_reads_such_a_recipe(speakers, tmp_path):
+    path = tmp_path / "recipe.yml"
+    tokenizer = {"source": "union", "tokens": {"cat": {"source": str(speakers[0].folder)}}}
+    path.write_text(yaml.safe_dump(recipe(speakers, tokenizer=tokenizer)))
+    assert [str(m.reference) for m in read_recipe(path).models] == [str(s.folder) for s in speakers]
+
+
+def test_the_tokenizer_is_built_once_in_planning(speakers, tmp_path, monkeypatch):
+    calls = []
+    original = build.build_tokenizer
+    monkeypatch.setattr(
+        build, "build_tokenizer", lambda **how: calls.append(how) or original(**how)
+    )
+    content = recipe(speakers, tokenizer_source="union", base_model=str(speakers[0].folder))
+    merged(content, tmp_path / "1")
+    assert len(calls) == 1
+    # A model's tokenizer may have changed by the next merge of one process.
+    give_tokenizer(speakers[1].folder, pairs=False, tokens=(*speakers[1].tokens[:-1], "moon"))
+    merged(content, tmp_path / "2")
+    assert set(tokens_of(tmp_path / "2")) - set(tokens_of(tmp_path / "1")) == {"moon"}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_model_of_pictures_and_text(tmp_path, family, monkeypatch):
+    """mergekit writes the size of the vocabulary where this kind's configuration has none."""
+    words = (" ".join(f"w{i}" for i in range(first, first + 26)) for first in (0, 3))
+    sizes = FAMILIES[family][1]["text_config"]
+    made = [
+        make_speaker(tmp_path / n, w, family, seed=i, text_config={**sizes, "vocab_size": 30})
+        for i, (n, w) in enumerate(zip("ab", words, strict=True))
+    ]
+    content = recipe(made, [1, 2], tokenizer_source="union", base_model=str(made[0].folder))
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    assert len(tokens) == 33
+    tables = [n for n, t in made[0].thetas.items() if t.shape[0] == 30]
+    assert len(tables) == 2
+    for name in tables:
+        expected_rows = fisher_rows(*rows(made, name, tokens, made[0]), made, name, tokens, [1, 2])
+        (ours,) = (t for n, t in found.items() if name.endswith(n.rpartition("model.")[2]))
+        assert_close({name: ours}, {name: expected_rows})
+    architecture = getattr(transformers, FAMILIES[family][0])
+    _, info = architecture.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+
+    monkeypatch.setattr(vocabulary, "settle", lambda planner, _: planner.out_model_config)
+    with pytest.raises(PlanningError, match="mergekit does not know where this kind of model has"):
+        merged(content, tmp_path / "again")
