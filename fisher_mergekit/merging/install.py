@@ -141,6 +141,8 @@ def _interface() -> list[tuple[Callable[..., Any], Sequence[str]]]:
     from mergekit.io.tasks import LoaderCache
     from mergekit.parameter_resolver import resolve_parameter
     from mergekit.plan import MergePlanner
+    from mergekit.tokenizer import PermutedVocabulary
+    from mergekit.tokenizer.truncate import TruncatedVocabulary
 
     return [
         (MergePlanner.plan_tensor, ("weight", "weights_in", "models", "cfg_reader")),
@@ -149,6 +151,8 @@ def _interface() -> list[tuple[Callable[..., Any], Sequence[str]]]:
         (resolve_parameter, ("parameter", "settings", "tensor_name", "t", "model")),
         (LoaderCache.get, ("model",)),
         (LazyTensorLoader.get_tensor, ("key", "device")),
+        (PermutedVocabulary.execute, ("tokenizer_info", "tensors")),
+        (TruncatedVocabulary.execute, ("tensors",)),
     ]
 
 
