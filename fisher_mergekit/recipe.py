@@ -176,8 +176,8 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe for the measuring step.
 
     Raises:
-        RecipeError: unreadable, not a mergekit recipe, a method that measures nothing, slices, or
-            an unknown key.
+        RecipeError: unreadable, not a mergekit recipe, a method that measures nothing, two ways of
+            measuring one model, or an unknown key.
     """
     content = _read_yaml(path)
     config = parse_config(content, where=str(path))
@@ -189,35 +189,59 @@ def read_recipe(path: Path) -> Recipe:
     problems = [*_misplaced(content), *parameter_problems(config)]
     if problems:
         raise RecipeError(f"{path}: " + "\n".join(problems))
-    if config.models is None:
-        raise RecipeError(
-            f"{path}: precompute reads recipes with a `models:` list. Measure the models of a "
-            "sliced recipe one by one: mergekit-fisher precompute --model MODEL --path DATA"
-        )
-    models = []
-    for index, entry in enumerate(content["models"]):
-        reference = config.models[index].model
-        calibration = read_calibration(
-            content.get("calibration"),
-            entry.get("calibration"),
-            where=f"{path}: calibration of {reference}",
-        )
-        sidecar = (entry.get("parameters") or {}).get("sidecar")
-        if sidecar is not None and not (isinstance(sidecar, str) and sidecar):
-            raise RecipeError(
-                f"{path}: sidecar of {reference}: expected a folder or a .safetensors file, "
-                f"got {sidecar!r}."
-            )
-        models.append(RecipeModel(reference, calibration, Path(sidecar) if sidecar else None))
+    models = [
+        _model(reference, entries, content.get("calibration"), where=str(path))
+        for reference, entries in _entries(content).items()
+    ]
     if base := _prior(config, content, [model.reference for model in models], where=str(path)):
         models.append(base)
     return Recipe(path, config.merge_method, kinds_of(config), tuple(models))
 
 
+def _entries(content: Mapping[str, Any]) -> dict[ModelReference, list[Mapping[str, Any]]]:
+    """Return what a recipe says of each model, under `models:` or in its slices and modules."""
+    found: dict[ModelReference, list[Mapping[str, Any]]] = {}
+    for block in (content, *(content.get("modules") or {}).values()):
+        pieces = [{"sources": block.get("models")}, *(block.get("slices") or ())]
+        for entry in (entry for piece in pieces for entry in piece["sources"] or ()):
+            found.setdefault(ModelReference.model_validate(entry["model"]), []).append(entry)
+    return found
+
+
+def _model(
+    reference: ModelReference,
+    entries: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any] | None,
+    *,
+    where: str,
+) -> RecipeModel:
+    """Return one model, which may stand in several slices but is measured once."""
+    said = {}
+    for key in ("calibration", "sidecar"):
+        values = [e if key == "calibration" else e.get("parameters") or {} for e in entries]
+        given = [value[key] for value in values if value.get(key) is not None]
+        if any(value != given[0] for value in given):
+            raise RecipeError(
+                f"{where}: {key} of {reference} is {given[0]!r} in one place, and "
+                f"{next(v for v in given if v != given[0])!r} in another; a model is measured once."
+            )
+        said[key] = given[0] if given else None
+    sidecar = said["sidecar"]
+    if sidecar is not None and not (isinstance(sidecar, str) and sidecar):
+        raise RecipeError(
+            f"{where}: sidecar of {reference}: expected a folder or a .safetensors file, "
+            f"got {sidecar!r}."
+        )
+    calibration = read_calibration(
+        defaults, said["calibration"], where=f"{where}: calibration of {reference}"
+    )
+    return RecipeModel(reference, calibration, Path(sidecar) if sidecar else None)
+
+
 def kinds_of(config: MergeConfiguration) -> tuple[str, ...]:
     """Return the kinds that a recipe's merge reads: its method's, and what `others` names."""
     own = METHODS[config.merge_method].kind
-    named = _values((config.parameters or {}).get("others"))
+    named = _shared_values(config, "others")
     return tuple(dict.fromkeys([own, *(word for word in named if word in get_args(Kind))]))
 
 
@@ -231,10 +255,16 @@ def _prior(
     """Return base_model, if its Fisher is a prior and it is none of the models."""
     given = config.parameters or {}
     base, sidecar = config.base_model, given.get("prior_sidecar")
-    if base is None or base in listed or not any(_values(given.get("prior"))):
+    if base is None or base in listed or not any(_shared_values(config, "prior")):
         return None
     calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
     return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)
+
+
+def _shared_values(config: MergeConfiguration, key: str) -> list[Any]:
+    """Return all values that a parameter has in a recipe, its modules and slices."""
+    blocks = (keys for _, keys, is_model in parameter_blocks(config) if not is_model)
+    return [value for keys in blocks for value in _values(keys.get(key))]
 
 
 def _values(setting: Any) -> list[Any]:
@@ -250,7 +280,7 @@ def _misplaced(content: Mapping[str, Any]) -> list[str]:
     """Say which of our keys stand beside `parameters` and not under it: mergekit drops them."""
     keys = (*MODEL_KEYS, "exclude", *METHODS[content["merge_method"]].keys)
     blocks = [("the recipe", content)]
-    blocks += [(str(m["model"]), m) for m in content.get("models") or () if "model" in m]
+    blocks += [(str(of), entry) for of, entries in _entries(content).items() for entry in entries]
     return [
         f"{key!r} of {where} has no effect there; write it under `parameters:`."
         for where, block in blocks

@@ -96,7 +96,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
     resolved, told = settings.resolve(merged, method, config)
     problems += told
-    decision, told = decide(merged, resolved, config, files, sliced=sliced)
+    decision, told = decide(merged, resolved, config, files)
     problems += told
     for (model, kind), sidecar in decision.opened.items() if not problems else ():
         if kind != method.kind:
@@ -135,14 +135,12 @@ def decide(
     resolved: dict[str, TensorSettings],
     config: MergeConfiguration,
     files: Files,
-    *,
-    sliced: bool,
 ) -> tuple[Decision, list[str]]:
     """Open the sidecars, and choose by which of them each tensor is merged; say what is wrong."""
     method = METHODS[config.merge_method]
     given, problems = sidecars.given_paths(config)
-    # `precompute` reads neither slices nor the several recipes of one mergekit-multi file.
-    one_by_one = sliced or "mergekit.scripts.multimerge" in sys.modules
+    # `precompute` does not read the several recipes of one mergekit-multi file.
+    one_by_one = "mergekit.scripts.multimerge" in sys.modules
     remedies = Remedies(given, one_by_one)
     kinds = kinds_needed(method, resolved)
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}

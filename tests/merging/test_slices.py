@@ -13,13 +13,17 @@ import shutil
 import merge_oracle
 import models as families
 import pytest
+import tiny
 import torch
 import transformers
+import yaml
 from factors import factors_of, make_described, mean, merged_matrix, scale
-from models import make_measured, make_model, rewrite
+from models import make_measured, make_model, read, rewrite
+from precomputing import fisher_of, refuse, succeed
 from running import assert_close, merged, recipe_of
 
 from fisher_mergekit.errors import PlanningError
+from fisher_mergekit.sidecar.reader import Sidecar, read_header
 
 METHODS = {"gram": "regmean", "kfac": "mats"}
 LAYER = re.compile(r"\.(layers?|h|block)\.(\d+)\.")
@@ -352,6 +356,68 @@ class TestModules:
         with pytest.raises(PlanningError) as info:
             merged(self.recipe(encoder=listed, decoder=slices), tmp_path / "out")
         assert any("`modules:` says nothing of shared" in p for p in info.value.problems)
+
+
+class TestMeasured:
+    """`precompute` reads sliced recipes too, and measures each of their models once."""
+
+    @pytest.fixture
+    def pair(self, tmp_path):
+        return [tiny.save_model(tmp_path / n, "llama", seed=i) for i, n in enumerate("ab")]
+
+    @pytest.fixture
+    def calibration(self, tmp_path):
+        return {"path": str(tiny.write_rows(tmp_path / "data.jsonl")), "text": "text"}
+
+    @staticmethod
+    def write(tmp_path, recipe):
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    def test_and_merged(self, pair, calibration, tmp_path):
+        """What stands in one slice holds in all; the rest is the recipe's."""
+        a, b = pair
+        recipe = sliced(
+            piece((a, 1, 2, 0.4), (b, 0, 1, 0.6)), piece((b, 1, 2, 1)), calibration=calibration
+        )
+        recipe["slices"][1]["sources"][0]["calibration"] = {"examples": 5}
+        with pytest.raises(PlanningError) as info:
+            merged(recipe, tmp_path / "refused")
+        assert all(
+            p.endswith("Run: mergekit-fisher precompute RECIPE") for p in info.value.problems
+        )
+        assert "Measured 2 of 2 models" in succeed(self.write(tmp_path, recipe))
+        assert Sidecar(a / "sidecar", "fisher").measurement.settings.examples == 7
+        assert Sidecar(b / "sidecar", "fisher").measurement.settings.examples == 5
+        found = merged(recipe, tmp_path / "out")
+        thetas, fishers = [read(a), read(b)], [fisher_of(a), fisher_of(b)]
+        layers = [[(0, 1, 0.4), (1, 0, 0.6)], [(1, 1, 1)]]
+        plan = plan_of(thetas[0], layers, before=[(0, 0.4), (1, 0.6)], after=[(1, 1)])
+        assert_close(found, by_hand(plan, thetas, fishers))
+
+    def test_modules_and_what_a_slice_asks_for(self, pair, calibration, tmp_path):
+        """The kind that one slice alone needs is measured too, where the recipe says."""
+        a, b = pair
+        part = piece((a, 0, 2, 1), (b, 0, 2, 1), parameters={"others": "fisher"})
+        part["sources"][1]["parameters"]["sidecar"] = str(tmp_path / "elsewhere")
+        recipe = {
+            "merge_method": "regmean", "dtype": "float32", "calibration": calibration,
+            "modules": {"default": {"slices": [part]}},
+        }  # fmt: skip
+        succeed(self.write(tmp_path, recipe))
+        for place in (a / "sidecar", tmp_path / "elsewhere"):
+            assert set(read_header(place).kinds) == {"gram", "fisher"}
+        merged(recipe, tmp_path / "out")
+
+    def test_two_ways_of_measuring_one_model(self, pair, calibration, tmp_path):
+        a, _ = pair
+        recipe = sliced(piece((a, 0, 1, 1)), piece((a, 1, 2, 1)), calibration=calibration)
+        for part, examples in zip(recipe["slices"], (3, 4), strict=True):
+            part["sources"][0]["calibration"] = {"examples": examples}
+        said = refuse(self.write(tmp_path, recipe))
+        assert f"calibration of {a} is {{'examples': 3}} in one place, and" in said
+        assert "a model is measured once." in said
 
 
 class TestInferred:
