@@ -7,6 +7,7 @@ name is another layer's). Hence the planner merges, and the kernel only refuses.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ WEIGHT = ParameterSpec("weight", float | None, ParameterScope.INPUT, default=Non
 SIDECAR = ParameterSpec("sidecar", str | None, ParameterScope.INPUT, default=None)
 
 
+@functools.cache
 def method_parameter(own: MethodParameter) -> ParameterSpec:
     """Return what mergekit is to know of one of a method's own parameters."""
     return ParameterSpec(own.name, own.value_type, ParameterScope.SHARED, default=own.default)

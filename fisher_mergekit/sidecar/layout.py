@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.initialization import no_init_weights
 
 from fisher_mergekit.errors import CheckpointError
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
@@ -49,12 +50,14 @@ def skeleton(config: Any, architecture: str) -> nn.Module | None:
         config = copy(config)
         config.dtype = getattr(torch, config.dtype)
     try:
-        with torch.device("meta"):
-            model: nn.Module = getattr(transformers, architecture)(config)
+        with torch.device("meta"), no_init_weights():  # initial values would take half the time
+            built: Any = getattr(transformers, architecture)(config)
+        built.tie_weights()  # which is a part of what was left out
     except Exception as error:  # whatever its code stumbles over
         raise CheckpointError(
             f"config.json describes no {architecture} that transformers can build: {error}"
         ) from None
+    model: nn.Module = built
     return model
 
 
