@@ -232,6 +232,8 @@ def _merge(
 
     import fisher_mergekit.merging.planner  # noqa: F401
 
+    transformers.logging.set_verbosity_error()
+    LlamaForCausalLM.config_class  # noqa: B018 - is imported when it is first looked at
     torch.set_num_threads(threads)
     weight = "weight" if method == "linear" else "lambda"
     dtype = LlamaConfig.from_pretrained(models[0]).dtype

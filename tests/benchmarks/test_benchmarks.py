@@ -83,3 +83,32 @@ def test_the_table_of_kinds_is_printed() -> None:
         assert all(float(ratio) > 0 for ratio in others)
     assert "Llama-3.1-8B's shape" in done.stdout
     assert re.search(r"32\.1 \(4\.0\) +32\.8 \(4\.1\) +92\.2 \(11\.5\)", done.stdout)
+
+
+def script(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(SCRIPT.parent / name), "--smoke", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_table_of_merges_by_size_is_printed() -> None:
+    text = script("sizes.py", "--models", "2", "3", "--rounds", "1", "--cold", "1")
+    rows = [line.split() for line in text.splitlines()][-2:]
+    assert [row[0] for row in rows] == ["2", "3"]
+    for _, linear, fisher, ratio, cpu, cold, read, *memory in rows:
+        # The files are so small that their headers count.
+        assert 1.9 < float(read) < 2.2
+        assert all(float(x) > 0 for x in (linear, fisher, ratio, cpu, cold))
+        assert float(ratio) == pytest.approx(float(fisher) / float(linear), rel=0.2)
+        assert all(0 <= float(mib) < 100 for mib in memory)
+
+
+@pytest.mark.slow
+def test_planning_of_80_layers_is_timed() -> None:
+    text = script("planning.py", "--rounds", "1")
+    assert "80 layers" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-3:]}
+    assert list(rows) == ["linear", "fisher", "regmean"]
+    assert all(len(cells) == 4 and all(float(c) > 0 for c in cells) for cells in rows.values())
