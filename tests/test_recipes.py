@@ -50,9 +50,9 @@ def commands(path: Path) -> list[list[str]]:
     return named
 
 
-def prepare(recipe: dict, asked: list[list[str]]) -> None:
-    """Make the models and the data that a recipe and its commands name, in the current folder."""
-    entries = [*measured(recipe), *(by_flags(x) for x in asked if "--model" in x)]
+def prepare(recipe: dict) -> None:
+    """Make the models and the data that a recipe names, in the current folder."""
+    entries = measured(recipe)
     layers = max((s["layer_range"][1] for s in sources(recipe)), default=2)
     for number, entry in enumerate(entries):
         calibration = {**recipe.get("calibration", {}), **entry["calibration"]}
@@ -75,8 +75,8 @@ def prepare(recipe: dict, asked: list[list[str]]) -> None:
 
 
 def measured(recipe: dict) -> list[dict]:
-    """Return the recipe's models, and the base if it is a prior."""
-    entries = list(recipe.get("models", ()))
+    """Return the recipe's models, where their data is named; and the base if it is a prior."""
+    entries = [*recipe.get("models", ()), *(s for s in sources(recipe) if "calibration" in s)]
     if recipe.get("parameters", {}).get("prior"):
         entries.append({"model": recipe["base_model"], "calibration": {}})
     return entries
@@ -84,13 +84,6 @@ def measured(recipe: dict) -> list[dict]:
 
 def sources(recipe: dict) -> list[dict]:
     return [source for piece in recipe.get("slices", ()) for source in piece["sources"]]
-
-
-def by_flags(words: list[str]) -> dict:
-    """Return what a recipe would say of a model that is measured by flags."""
-    given = dict(itertools.pairwise(words))
-    calibration = {key: given[f"--{key}"] for key in ("path", "text")}
-    return {"model": given["--model"], "calibration": calibration}
 
 
 def write_data(calibration: dict, seed: int) -> None:
@@ -127,7 +120,7 @@ def run(path: Path, tmp_path: Path, patch: pytest.MonkeyPatch) -> tuple[dict, li
     patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     shutil.copy(path, tmp_path)
     recipe, asked = yaml.safe_load(path.read_text()), commands(path)
-    prepare(recipe, asked)
+    prepare(recipe)
     for words in asked:
         if words[0] == "mergekit-yaml":
             done = command(*words, "--quiet")
@@ -135,7 +128,7 @@ def run(path: Path, tmp_path: Path, patch: pytest.MonkeyPatch) -> tuple[dict, li
             continue
         first = CliRunner().invoke(precompute, words[2:], catch_exceptions=False)
         assert first.exit_code == 0, first.output
-        count = 1 if "--model" in words else len(measured(recipe))
+        count = len(measured(recipe))
         assert f"Measured {count} of {count} model" in first.output
         again = CliRunner().invoke(precompute, words[2:], catch_exceptions=False)
         assert f"Measured 0 of {count} model" in again.output
