@@ -69,7 +69,10 @@ NAMES = {
         "OutputSliceDefinition": "some layers of the output, and which layers they come from",
     },
     "mergekit.graph": {"Task": "a node of the graph; ours are subclasses"},
-    "mergekit.io.lazy_tensor_loader": {"LazyTensorLoader": "reads one tensor"},
+    "mergekit.io.lazy_tensor_loader": {
+        "LazyTensorLoader": "reads one tensor",
+        "ShardedTensorIndex": "which file holds which of a model's tensors",
+    },
     "mergekit.io.tasks": {"LoaderCache": "a model's files, and what of them is open"},
     "mergekit.merge": {
         "generate_card": "the function whose result is written as README.md; we wrap it here",
@@ -236,6 +239,16 @@ class TestNames:
         loader = LoaderCache().get(ModelReference.model_validate(str(pair[0])))
         assert Path(loader.index.base_path) == pair[0]
         assert set(loader.index.tensor_paths) == set(read(pair[0]))
+
+    def test_a_loader_opens_files_anew_where_it_is_told_to(self, pair, tmp_path):
+        """Its index is looked up at every reading; `flush` closes what is open."""
+        first, second = (make_model(tmp_path / n, "llama", seed=s) for n, s in (("a", 1), ("b", 2)))
+        loader = LazyTensorLoader.from_disk(str(first))
+        name = min(read(first))
+        assert torch.equal(loader.get_tensor(name), read(first)[name])
+        loader.index = ShardedTensorIndex.from_disk(str(second))
+        loader.flush()
+        assert torch.equal(loader.get_tensor(name), read(second)[name])
 
 
 class TestRecipes:

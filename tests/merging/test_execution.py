@@ -309,6 +309,22 @@ def test_mergekit_pytorch_says_one_sentence(recipes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard_size", [None, "2KB"])
+def test_models_that_change_between_two_merges_of_one_process(tmp_path, monkeypatch, shard_size):
+    """Saved anew, in other shards; and other models of the same relative names."""
+    names = ("./a", "./b")
+    for turn, place in enumerate(("one", "one", "two")):
+        folder = tmp_path / place
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes = {"shard_size": shard_size if turn % 2 else None}
+        made = [make_measured(folder / n, "llama", seed=10 * turn + i, **sizes)
+                for i, n in enumerate("ab")]  # fmt: skip
+        monkeypatch.chdir(folder)
+        found = merged(recipe_of(*names), folder / "out")
+        _, thetas, fishers = zip(*made, strict=True)
+        assert_close(found, merge_oracle.merge(thetas, fishers, [1, 1], list(thetas[0])))
+
+
 def test_by_the_command(recipes, tmp_path):
     """As a user spells the flags; nothing but shards and threads is different."""
     recipe, plain = recipes["fisher"]
