@@ -1,8 +1,8 @@
 """Floor 3b, the mergekit wing: our merge methods inside plain `mergekit-yaml`.
 
-    install.py    registers the methods and puts the one patch, after checking mergekit
+    install.py    registers the methods, and wraps mergekit's planning and its model card
     method.py     the object that mergekit's registry holds: parameters, and a refusal
-    planner.py    the one place that touches mergekit's planner: record, check, build tasks
+    planner.py    from mergekit's planner to tasks: record its walk, check, build
     files.py      a model's tensors, and what transformers makes of them while loading
     slots.py      an output tensor and the models' tensors that go into it
     settings.py   lambda and the method's parameters, resolved for one output tensor

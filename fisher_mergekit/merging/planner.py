@@ -1,4 +1,4 @@
-"""The one place that touches mergekit's planner: record its walk, check, build the tasks."""
+"""What planning does instead of mergekit: record its walk, check, build the tasks."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ A *kind* is a choice of Cᵢ and one file here, found by its name. It defines `s
     diagonal.py    weighted means: the solution for a diagonal Cᵢ
     kronecker.py   factors A and B, and the inverse of their sums
     iterative.py   conjugate gradients
+    rows.py        rows that not every model has, such as a head's tokens
 """
 
 from __future__ import annotations
