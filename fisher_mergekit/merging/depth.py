@@ -16,6 +16,8 @@ from mergekit.architecture import ModelArchitecture
 from mergekit.common import get_config_value
 from mergekit.config import OutputModuleDefinition, OutputSliceDefinition
 
+from fisher_mergekit.merging.files import Files
+
 LOG = logging.getLogger(__name__)
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -26,8 +28,7 @@ def settle(
     modules: Mapping[str, OutputModuleDefinition],
     architecture: ModelArchitecture,
     config: Any,
-    *,
-    trust_remote_code: bool = False,
+    files: Files,
 ) -> list[str]:
     """Let the output's configuration describe the layers that the slices take; say what cannot be.
 
@@ -35,6 +36,7 @@ def settle(
         modules: of a recipe in mergekit's normal form.
         architecture: mergekit's description of the models.
         config: the output's `transformers` configuration; what it says of single layers is changed.
+        files: the models', with their own configurations.
     """
     problems = []
     absent = [name for name in architecture.modules if name not in modules]
@@ -58,7 +60,7 @@ def settle(
             continue
         section, _, _ = (described.num_layers_config_key() or "").rpartition(".")
         for key in PER_LAYER:
-            _follow(key, section, slices, config, trust_remote_code=trust_remote_code)
+            _follow(key, section, slices, config, files)
     return problems
 
 
@@ -67,8 +69,7 @@ def _follow(
     section: str,
     slices: Sequence[OutputSliceDefinition],
     config: Any,
-    *,
-    trust_remote_code: bool,
+    files: Files,
 ) -> None:
     """Make a list of one entry a layer anew, of the source layers' entries in their own models."""
     output = get_config_value(config, section) if section else config
@@ -78,8 +79,8 @@ def _follow(
     for piece in slices:
         for offset in range(_length(piece)):
             found = {}
-            for source in piece.sources:
-                whole = source.model.config(trust_remote_code=trust_remote_code)
+            for source in (s for s in piece.sources if s.model in files):
+                whole = files[source.model].config
                 own = getattr(get_config_value(whole, section) if section else whole, key, None)
                 layer = source.layer_range[0] + offset
                 if own is not None and layer < len(own):

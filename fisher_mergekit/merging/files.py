@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import xxhash
 from mergekit.architecture import WeightInfo
@@ -94,11 +94,15 @@ class ModelFiles(Mapping[str, TensorInfo]):
         return len(self.checkpoint)
 
     @cached_property
+    def config(self) -> Any:
+        """The model's `transformers` configuration."""
+        return self.model.config(trust_remote_code=LoaderCache().trust_remote_code)
+
+    @cached_property
     def layout(self) -> Layout | None:
         """What transformers makes of the files; None for a class that it does not have."""
-        config = self.model.config(trust_remote_code=LoaderCache().trust_remote_code)
         try:
-            model = skeleton(config, (config.architectures or [""])[0])
+            model = skeleton(self.config, (self.config.architectures or [""])[0])
             return None if model is None else Layout(model, self.checkpoint)
         except CheckpointError as error:
             self.trouble = error.message

@@ -54,7 +54,6 @@ def configuration(slots: Sequence[Slot], architecture: ModelArchitecture, config
 
 def left_out(
     files: ModelFiles,
-    config: Any,
     names: Iterable[str],
     architecture: ModelArchitecture,
     output_config: Any,
@@ -66,22 +65,21 @@ def left_out(
 
     Args:
         files: the model's.
-        config: the model's `transformers` configuration.
         names: the model's measured parameters, by their names in its files.
         architecture: mergekit's description of the models.
         output_config: the output's `transformers` configuration.
     """
     known: set[str] = set()
-    for weight in architecture.all_weights(config):
+    for weight in architecture.all_weights(files.config):
         known |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
         stored = files.find(weight)
         known |= {part.name for part in stored.parts} if stored is not None else set()
     unknown = [name for name in names if name not in known]
-    if unknown and config.architectures != output_config.architectures:
+    if unknown and files.config.architectures != output_config.architectures:
         LOG.warning(
             "%s is a %s: what the output, a %s, has no place for is left out: %s.",
             files.model,
-            config.architectures[0],
+            files.config.architectures[0],
             output_config.architectures[0],
             some(unknown),
         )

@@ -81,12 +81,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     if not all(slot.is_complete for slot in outputs):
         problems += [f"{m}: {held.trouble}" for m, held in files.items() if held.trouble]
     problems += (
-        depth.settle(
-            config.modules,
-            planner.arch_info,
-            planner.out_model_config,
-            trust_remote_code=options.trust_remote_code,
-        )
+        depth.settle(config.modules, planner.arch_info, planner.out_model_config, files)
         if sliced
         else output.configuration(outputs, planner.arch_info, planner.out_model_config)
     )
@@ -103,7 +98,6 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
             continue
         problems += output.left_out(
             files[model],
-            model.config(options.trust_remote_code),
             sidecars.parameters(sidecar),
             planner.arch_info,
             planner.out_model_config,
