@@ -71,7 +71,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def some(names: Sequence[str]) -> str:
-    """Return the names, or of many the first ones."""
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Return the names, or of many the first ones and how many there are besides."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

@@ -21,6 +21,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from fisher_mergekit import __version__
+from fisher_mergekit.errors import some
 from fisher_mergekit.merging.slots import Slot
 from fisher_mergekit.merging.ways import IDENTITY, PRIOR_KIND, Decision
 from fisher_mergekit.methods import METHODS, PRIOR_SIDECAR
@@ -35,8 +36,8 @@ BEFORE = "### Configuration"
 
 PRIOR_PAPER = "https://arxiv.org/abs/2310.12808"
 NOTHING = "–"
-NAMED = 4
-"""So many tensors are named; of the others it is said how many there are."""
+LISTED = 3
+"""So many values of a parameter are listed; of more it is said that it varies."""
 
 _planned: tuple[MergeConfiguration, str] | None = None
 
@@ -207,9 +208,8 @@ def _remarks(
         )
     kept = [slot.name for slot in outputs if slot.excluded]
     if kept:
-        named = ", ".join(map(_code, kept[:NAMED]))
-        more = f" and {len(kept) - NAMED:,} more" if len(kept) > NAMED else ""
-        yield f"Not merged, but taken from {_code(config.base_model)}: {named}{more}."
+        named = some([*map(_code, kept)])
+        yield f"Not merged, but taken from {_code(config.base_model)}: {named}."
 
 
 def _parameters(keys: Iterable[str], decision: Decision) -> Iterator[str]:
@@ -219,7 +219,7 @@ def _parameters(keys: Iterable[str], decision: Decision) -> Iterator[str]:
     for key in keys:
         values = list(dict.fromkeys(json.dumps(o[key]) for o in options if key in o))
         if values and key != PRIOR_SIDECAR.name:
-            told.append(f"`{key}` {', '.join(values) if len(values) < NAMED else 'varies'}")
+            told.append(f"`{key}` {', '.join(values) if len(values) <= LISTED else 'varies'}")
     if told:
         yield ", ".join(told)
 

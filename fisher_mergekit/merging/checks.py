@@ -14,7 +14,7 @@ from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from fisher_mergekit.errors import CheckpointError, some
 from fisher_mergekit.merging import exclude, output
 from fisher_mergekit.merging.files import Files
-from fisher_mergekit.merging.slots import Slot
+from fisher_mergekit.merging.slots import Slot, without
 from fisher_mergekit.merging.vocabulary import Vocabulary
 from fisher_mergekit.recipe import parameter_problems
 
@@ -146,14 +146,11 @@ def tensors(
             "; …" if len(different) > 4 else ""
         )
         problems.append(f"tensors differ in shape: {shapes}. {remedy(different)}")
+    alike = [s for s in complete if s not in reshaped]
     if base in files:
-        problems += output.unlike_base(
-            [s for s in complete if s not in reshaped], base, files, tokens
-        )
+        problems += output.unlike_base(alike, base, files, tokens)
     elif base is None and tokens.is_cut:
         problems += output.cut_for_nobody(complete)
-
-    alike = [s for s in complete if s not in reshaped]
     problems += _odd_dtypes(alike)
     unequal = [s for s in alike if not s.is_floating and _is_unequal(s)]
     if unequal:
@@ -213,8 +210,7 @@ def _differs_in_vocabulary(slot: Slot) -> bool:
     axis = slot.weight.vocabulary_axis
     if axis is None or slot.aligned:
         return False
-    shapes = [source.tensor.shape for source in slot.sources]
-    return len({(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}) == 1
+    return len({without(source.tensor.shape, axis) for source in slot.sources}) == 1
 
 
 def _is_unequal(slot: Slot) -> bool:

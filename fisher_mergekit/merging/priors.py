@@ -10,6 +10,7 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from fisher_mergekit.errors import some
 from fisher_mergekit.merging import sidecars
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.settings import TensorSettings
@@ -90,9 +91,8 @@ def base_sources(
         else:
             found[slot.name] = source
     if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         problems.append(
-            f"base_model {base} lacks {lacking[0]}{more}, so there is no prior for it. Switch it "
+            f"base_model {base} lacks {some(lacking, 1)}, so there is no prior for it. Switch it "
             f"off there: {_without(*lacking)}"
         )
     return found, problems

@@ -16,6 +16,7 @@ from mergekit.merge_methods.base import ParameterSpec
 from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
+from fisher_mergekit.errors import some
 from fisher_mergekit.merging.method import LAMBDA, WEIGHT, method_parameter
 from fisher_mergekit.merging.slots import Slot, Source
 from fisher_mergekit.methods import Method, MethodParameter
@@ -88,9 +89,8 @@ def resolve(
                 )
         resolved[slot.name] = TensorSettings(tuple(lambdas), options, favored)
     if zero:
-        more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
         problems["zero"] = (
-            f"every model's {spelling.name} is 0 for {zero[0]}{more}, so nothing is left to merge "
+            f"every model's {spelling.name} is 0 for {some(zero, 1)}, so nothing is left to merge "
             "there. Make one of them positive, or keep the tensor out with `exclude:`."
         )
     return resolved, list(problems.values())

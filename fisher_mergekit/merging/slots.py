@@ -107,8 +107,12 @@ class Slot:
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return a shape without the axis of tokens, if rows are brought in line along it."""
-        axis = self.weight.vocabulary_axis if self.aligned else None
-        return tuple(size for index, size in enumerate(shape) if index != axis)
+        return without(shape, self.weight.vocabulary_axis if self.aligned else None)
+
+
+def without(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:
+    """Return a shape without one of its axes."""
+    return tuple(size for index, size in enumerate(shape) if index != axis)
 
 
 def open_files(records: Iterable[Record]) -> tuple[Files, list[str]]:
@@ -187,14 +191,10 @@ def _aligned(
     Where an excluded tensor is base_model's, tokens that it lacks come from the other models, if
     theirs is of the same width.
     """
-
-    def width(part: Source) -> tuple[int, ...]:
-        return part.tensor.shape[:axis] + part.tensor.shape[axis + 1 :]
-
     more = of_base if adds_base or excluded else ()
     pool = [*sources, *(part for part in more if part not in sources)]
     found = [part for part in pool if part.stored is not None]
     if excluded:
-        kept = {width(part) for part in of_base if part.stored is not None}
-        found = [part for part in found if width(part) in kept]
+        kept = {without(part.tensor.shape, axis) for part in of_base if part.stored is not None}
+        found = [part for part in found if without(part.tensor.shape, axis) in kept]
     return tuple(found)

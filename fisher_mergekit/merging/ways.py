@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from mergekit.common import ModelReference
 
+from fisher_mergekit.errors import some
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.sidecars import Remedies, squared_norm
 from fisher_mergekit.merging.slots import Slot, Source, part_names
@@ -150,9 +151,8 @@ def choose(
     if converted:
         names = list(converted)
         first = next(s for s in converted[names[0]].sources if s.is_made)
-        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
         problems.append(
-            f"transformers converts {names[0]} of {first.model} while loading{more}, and the "
+            f"transformers converts {some(names, 1)} of {first.model} while loading, and the "
             f"models' files hold it in different layouts, in which no {method.kind} fits the "
             "other. Save the models again with one version of transformers, or keep it out with "
             "`exclude:`."

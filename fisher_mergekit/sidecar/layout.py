@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.initialization import no_init_weights
 
-from fisher_mergekit.errors import CheckpointError
+from fisher_mergekit.errors import CheckpointError, some
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
 
 BLOCK = 1 << 24
@@ -155,9 +155,7 @@ class Group:
 
     def described(self) -> str:
         """Return the sources' names, of many the first ones."""
-        names = [source.name for source in self.sources]
-        shown = ", ".join(names[:2])
-        return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+        return some([source.name for source in self.sources], 2)
 
 
 class Layout:
@@ -255,11 +253,8 @@ def _convert(
     try:
         made = own.convert(first, model=model, config=getattr(model, "config", None))
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-        names = [source.name for source in sources]
-        raise CheckpointError(
-            f"transformers cannot make {first} of {', '.join(names[:4])}"
-            f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {error}"
-        ) from None
+        names = some([source.name for source in sources])
+        raise CheckpointError(f"transformers cannot make {first} of {names}: {error}") from None
     return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
 

@@ -311,7 +311,7 @@ def test_experts_in_files_of_different_layouts(tmp_path):
     a.write()
     message = problem(recipe([a, packed]), tmp_path / "out")
     assert message.startswith("transformers converts model.layers.0.mlp.experts.")
-    assert f"of {a.folder} while loading, and 3 more, and the models' files hold it in" in message
+    assert f" and 3 more of {a.folder} while loading, and the models' files hold" in message
     assert "Save the models again with one version of transformers" in message
     content = recipe([a, packed], base_model=str(a.folder), parameters={"exclude": "experts"})
     assert merged(content, tmp_path / "out")
