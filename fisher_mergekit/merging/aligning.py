@@ -18,6 +18,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
+from mergekit.tokenizer.build import get_stripped_tokenizer
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, OwnRows, Precision, Theta
@@ -41,6 +42,15 @@ def build_anew(task: Tokenizer) -> TokenizerInfo:
         # mergekit leaves out a token that the model has a number for but no row.
         for number in info.tokenizer.get_vocab().values():
             permutation.setdefault(number, ABSENT)
+    if task.tokenizer_source == "base" and task.base_model is not None and task.add_tokens:
+        # mergekit adds them to base_model's own tokenizer, and then takes them for tokens that the
+        # model has had, in a row of its padding.
+        had = get_stripped_tokenizer(task.base_model.model, task.trust_remote_code).get_vocab()
+        for token in set(task.add_tokens) - had.keys():
+            info.original_vocabs[task.base_model].pop(token, None)
+            number = info.tokenizer.get_vocab().get(token)
+            if number is not None:
+                info.permutations[task.base_model][number] = ABSENT
     _built[task] = info
     return info
 

@@ -102,6 +102,9 @@ NAMES = {
         "PermutedVocabulary": "brings the models' rows of tokens in one order",
         "TokenizerInfo": "the tokenizer, and which row each model has of a token",
     },
+    "mergekit.tokenizer.build": {
+        "get_stripped_tokenizer": "base_model's tokenizer, before tokens are added to it"
+    },
     "mergekit.tokenizer.config": {
         "ModelTokenEmbedding": "a token's row is that of another token",
         "TokenEmbeddingConfig": "what a recipe says of one token",

@@ -29,7 +29,7 @@ from running import assert_close, command, merged, recipe_of
 
 from fisher_mergekit.errors import FisherMergekitError, PlanningError, SidecarError
 from fisher_mergekit.merging import tasks
-from fisher_mergekit.merging.aligning import ABSENT, FirstRows, OwnRows
+from fisher_mergekit.merging.aligning import ABSENT, FirstRows, TokenRows
 
 METHODS = {"fisher": "fisher", "gram": "regmean", "kfac": "mats"}
 
@@ -196,7 +196,7 @@ def test_rows_of_tokens_are_numbered_on_the_cpu(tmp_path):
         info = types.SimpleNamespace(
             permutations={reference: {0: 2, 1: -1, 2: 0}}, tokenizer=places
         )
-        rows = OwnRows.model_construct(model=reference, tokenizer=None, size=4, forced=("c",))
+        rows = TokenRows.model_construct(model=reference, tokenizer=None, size=4, forced=("c",))
         assert rows.execute(info).tolist() == [2, -1, ABSENT, ABSENT]
 
 

@@ -5,12 +5,14 @@ import torch
 import transformers
 import yaml
 from mergekit.tokenizer import build
-from models import FAMILIES
+from models import FAMILIES, make_measured
 from running import assert_close, merged, recipe_of
 from tokenizers_of_words import give_tokenizer
 from vocabulary_oracle import (
     EMBEDDING,
     HEAD,
+    TABLES,
+    Speaker,
     expected,
     fisher_rows,
     loads,
@@ -69,6 +71,31 @@ def test_slices_take_the_tokens_of_their_models(speakers, tmp_path):
             row = found[EMBEDDING][place].double()
             assert ((low - 1e-6 <= row) & (row <= high + 1e-6)).all()
     loads(tmp_path / "out", len(tokens))
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_an_added_token_has_no_row_in_the_padding_of_base_model(speakers, tmp_path, source):
+    """Though it gets that row's number: nobody has trained it, and the recipe names its source."""
+    a, b, _ = speakers
+    folder, thetas, fishers = make_measured(tmp_path / "d", "llama", seed=7, vocab_size=12)
+    give_tokenizer(folder, pairs=False, tokens=a.tokens)
+    padded = Speaker(folder, a.tokens, thetas, fishers)
+    of_beta = {"kind": "model_token", "model": str(b.folder), "token": "beta"}
+    tokenizer = {"source": source, "tokens": {"new": {"source": of_beta}}}
+    content = recipe([padded, b], [1, 2], tokenizer=tokenizer, base_model=str(folder))
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    for name in TABLES:
+        assert torch.equal(found[name][tokens.index("new")].double(), b.row(name, "beta"))
+        given = {"new": b.row(name, "beta")}
+        tables, own = rows([padded, b], name, tokens, padded, given=given)
+        assert_close(
+            {name: found[name]},
+            {name: fisher_rows(tables, own, [padded, b], name, tokens, [1, 2])},
+        )
+    tokenizer["tokens"]["new"] = {"source": str(folder)}
+    with pytest.raises(PlanningError, match="has no token 'new'"):
+        merged(content, tmp_path / "refused")
 
 
 def test_half_precision_and_other_flags(speakers, tmp_path):
