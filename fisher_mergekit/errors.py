@@ -65,9 +65,9 @@ class PlanningError(FisherMergekitError):
         super().__init__(message)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """Return ` Did you mean 'x'?` for the known word nearest to `word`, or nothing."""
-    matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

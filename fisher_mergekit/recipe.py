@@ -21,8 +21,9 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from fisher_mergekit.errors import RecipeError, nearest
+from fisher_mergekit.errors import PlanningError, RecipeError, nearest
 from fisher_mergekit.methods import METHODS
+from fisher_mergekit.misspelt import NEAR, misspelt
 
 MODEL_KEYS = ("lambda", "weight", "sidecar")
 """Known keys under a model's `parameters`."""
@@ -177,21 +178,29 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises:
         RecipeError: unreadable, not a mergekit recipe, a method that measures nothing, two ways of
-            measuring one model, or an unknown key.
+            measuring one model, or an unknown key of `calibration`.
+        PlanningError: keys that are unknown, misspelt or in the wrong place.
     """
     content = _read_yaml(path)
     config = parse_config(content, where=str(path))
     if config.merge_method not in METHODS:
         raise RecipeError(
-            f"{path}: merge_method {config.merge_method!r} needs nothing measured. "
+            f"{path}: merge_method {config.merge_method!r} needs nothing measured."
+            f"{nearest(config.merge_method, METHODS, cutoff=NEAR)} "
             f"Methods that do: {', '.join(METHODS)}."
         )
-    problems = [*_misplaced(content), *parameter_problems(config)]
+    found = _entries(content)
+    named = [(str(model), entry) for model, entries in found.items() for entry in entries]
+    problems = [
+        *misspelt(content, named),
+        *_misplaced(content, named),
+        *parameter_problems(config),
+    ]
     if problems:
-        raise RecipeError(f"{path}: " + "\n".join(problems))
+        raise PlanningError([f"{path}: {problem}" for problem in problems])
     models = [
         _model(reference, entries, content.get("calibration"), where=str(path))
-        for reference, entries in _entries(content).items()
+        for reference, entries in found.items()
     ]
     if base := _prior(config, content, [model.reference for model in models], where=str(path)):
         models.append(base)
@@ -276,14 +285,14 @@ def _values(setting: Any) -> list[Any]:
     return _values(setting.value) if isinstance(setting, ConditionalParameter) else [setting]
 
 
-def _misplaced(content: Mapping[str, Any]) -> list[str]:
+def _misplaced(
+    content: Mapping[str, Any], entries: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
     """Say which of our keys stand beside `parameters` and not under it: mergekit drops them."""
     keys = (*MODEL_KEYS, "exclude", *METHODS[content["merge_method"]].keys)
-    blocks = [("the recipe", content)]
-    blocks += [(str(of), entry) for of, entries in _entries(content).items() for entry in entries]
     return [
         f"{key!r} of {where} has no effect there; write it under `parameters:`."
-        for where, block in blocks
+        for where, block in [("the recipe", content), *entries]
         for key in keys
         if key in block
     ]
@@ -297,7 +306,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.composer.ComposerError:
         raise RecipeError(
             f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
-            "one: mergekit-fisher precompute --model MODEL --path DATA"
+            "one: mergekit-fisher precompute --model MODEL --path DATA --text COLUMN"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fisher_mergekit.cli.factor_tables import print_every_factor, print_factors
 from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.sidecar.location import FOLDER_NAME, writing_place
 from fisher_mergekit.sidecar.page import facts
 from fisher_mergekit.sidecar.reader import Sidecar, read_header
 from fisher_mergekit.study.factors import read_factors
@@ -32,9 +33,10 @@ Examples:
 def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | None) -> None:
     """Show the header of SIDECAR and its mass by layer and tensor type, kind by kind.
 
-    SIDECAR is a sidecar folder, one of its files, or the folder of a model that has one.
+    SIDECAR is a sidecar folder, one of its files, the folder of a model that has one, or the Hub
+    name of a model that was measured here.
     """
-    path = sidecar / "sidecar" if (sidecar / "sidecar").is_dir() else sidecar
+    path = _place(sidecar)
     kinds = [kind] if kind else _kinds(path)
     if plot is not None and len(kinds) > 1:
         raise SidecarError(f"{path} holds {', '.join(kinds)}: choose one to draw with --kind.")
@@ -48,6 +50,16 @@ def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | No
 
             plot_mass(found, plot, title=title)
             console.print(f"Wrote {plot}.")
+
+
+def _place(given: Path) -> Path:
+    """Return the sidecar of what was given: itself, a model's, or one in the user's cache."""
+    if given.exists():
+        return given / FOLDER_NAME if (given / FOLDER_NAME).is_dir() else given
+    cached = writing_place(str(given))
+    if not cached.exists():
+        raise SidecarError(f"there is no {given} here, and {cached} is not there either.")
+    return cached
 
 
 def _kinds(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 
 from fisher_mergekit.errors import CheckpointError, RecipeError
@@ -107,6 +107,12 @@ def _folder(path: ModelPath, storage: Storage) -> Path:
             return Path(snapshot_download(path.path, allow_patterns=patterns, **place))
         except LocalEntryNotFoundError:  # offline, and in the cache is what mergekit has downloaded
             return Path(snapshot_download(path.path, allow_patterns=list(_MERGED), **place))
+    except HFValidationError:  # whose rules for names are no help to who mistook a folder
+        raise RecipeError(
+            f"{path} is neither a local folder nor a model that can be downloaded: {Path.cwd()}, "
+            "to which paths are relative, has no such folder, and a model's name on the Hub is "
+            "written ORG/NAME."
+        ) from None
     except Exception as error:  # the hub client raises a wide family, offline included
         raise RecipeError(
             f"{path} is neither a local folder nor a model that can be downloaded: {error}"

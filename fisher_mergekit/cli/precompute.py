@@ -137,7 +137,8 @@ def precompute(
 ) -> None:
     """Measure every model of RECIPE that has no valid sidecar yet.
 
-    Without a recipe, measure one model: --model M --path DATA. Flags override the recipe.
+    Without a recipe, measure one model: --model M --path DATA --text COLUMN. Flags override
+    the recipe.
     """
     apply_common_options(verbosity, quiet, num_threads)
     start = time.perf_counter()

@@ -57,8 +57,8 @@ def load_rows(calibration: Calibration) -> list[Row]:
     sources = (calibration.text, calibration.messages, calibration.image)
     if sum(source is not None for source in sources) != 1:
         raise CalibrationError(
-            f"{calibration.path}: name either the text column(s), `text:`, or the chat column, "
-            "`messages:`, or the column of pictures, `image:`."
+            f"{calibration.path}: name either the text column(s), `text:` (--text), or the chat "
+            "column, `messages:`, or the column of pictures, `image:`."
         )
     wanted = calibration.examples or DEFAULT_EXAMPLES
     records = _first(_load_dataset(calibration), wanted, calibration)

@@ -50,7 +50,8 @@ class Remedies:
     @property
     def of_all(self) -> str:
         """The command that measures the recipe's models."""
-        return f"{MEASURE} --model MODEL --path DATA" if self.one_by_one else f"{MEASURE} RECIPE"
+        one = f"{MEASURE} --model MODEL --path DATA --text COLUMN"
+        return one if self.one_by_one else f"{MEASURE} RECIPE"
 
 
 def open_anew(path: Path, kind: str) -> Sidecar:

@@ -165,6 +165,11 @@ class TestRecipes:
         for name, where in (("weight", "./m"), ("exclude", "the recipe"), ("floor", "the recipe")):
             assert f"{name!r} of {where} has no effect there; write it under `parameters:`" in said
 
+    def test_keys_of_one_s_own_stay(self, bert, data, tmp_path):
+        own = {"path": str(data), "text": "text"}
+        entry = {"model": str(bert), "comment": "good", "calibration": own}
+        assert "Measured 1 of 1 models" in succeed(recipe(tmp_path, entry, notes="mine"))
+
     def test_a_parameter_of_no_type_is_one_line(self, tmp_path):
         path = recipe(tmp_path, {"model": "./m", "parameters": {"lambda": None}})
         assert refuse(path).count("models.0.parameters.lambda") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_model_s_folder_a_sidecar_and_its_one_file_show_the_same(model: Path) 
 
 def _file(model: Path) -> Path:
     return model / "sidecar" / "fisher.safetensors"
+
+
+def test_a_model_of_the_hub_is_named_by_its_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path))
+    shutil.copytree(model / "sidecar", tmp_path / "me--bert")
+    assert inspect("me/bert").output == inspect(model).output
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    said = inspect(tmp_path / "gone")
+    assert said.exit_code == 1
+    assert f"there is no {tmp_path / 'gone'} here" in said.output
 
 
 def test_the_shares_of_the_tensors_add_up(model: Path) -> None:

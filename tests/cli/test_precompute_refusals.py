@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +78,9 @@ class TestBadInput:
         assert "calibration data nowhere.jsonl does not exist" in said
 
     def test_data_without_a_named_column(self, bert, data):
-        assert "name either the text column(s)" in refuse("--model", bert, "--path", data)
+        assert "name either the text column(s), `text:` (--text)" in refuse(
+            "--model", bert, "--path", data
+        )
 
     def test_data_that_is_not_what_its_name_says(self, bert, tmp_path):
         (tmp_path / "data.jsonl").write_bytes(b"\x80\x02}q\x00.")
@@ -105,6 +108,17 @@ class TestBadInput:
              "expected a mapping of keys, got 7"),
             ("merge_method: fisher\nmodels: [{model: ./a, parameters: {lamda: 1}}]",
              "unknown parameter 'lamda'. Did you mean 'lambda'?"),
+            ("merge_method: fishr\nmodels: [{model: ./a}]",
+             "'fishr' needs nothing measured. Did you mean 'fisher'? Methods that do: fisher"),
+            ("merge_method: fisher\nbase_modle: ./a\nmodels: [{model: ./a}]",
+             "the recipe: unknown key 'base_modle'. Did you mean 'base_model'?"),
+            ("merge_method: fisher\nmodels: [{model: ./a, calibrations: {path: x}}]",
+             "./a: unknown key 'calibrations'. Did you mean 'calibration'?"),
+            ("merge_method: fisher\nmodels: [{model: ./a}]\ntokenizer: {sorce: union}",
+             "tokenizer: unknown key 'sorce'. Did you mean 'source'?"),
+            ("merge_method: fisher\nslices: [{sources: [{model: ./a, layer_rang: [0, 1], "
+             "layer_range: [0, 1]}]}]",
+             "./a: unknown key 'layer_rang'. Did you mean 'layer_range'"),
         ],
     )  # fmt: skip
     def test_recipe(self, tmp_path, text, phrase):
@@ -113,6 +127,14 @@ class TestBadInput:
             path.write_text(text)
         assert phrase in refuse(path)
 
+    def test_all_wrong_keys_are_told_at_once(self, tmp_path):
+        path = tmp_path / "recipe.yml"
+        path.write_text("merge_method: fisher\nmodels: [{model: ./a, weight: 1, parameter: {}}]")
+        said = refuse(path)
+        assert "2 problems:" in said
+        assert f"1. {path}: ./a: unknown key 'parameter'. Did you mean 'parameters'?" in said
+        assert f"2. {path}: 'weight' of ./a has no effect there" in said
+
     def test_a_model_that_the_recipe_does_not_have(self, bert, tmp_path):
         recipe = write_recipe(tmp_path, bert, calibration={"path": "x", "text": "text"})
         assert "has no model './b'; it has" in refuse(recipe, "--model", "./b")
@@ -120,6 +142,7 @@ class TestBadInput:
     def test_a_missing_model_folder(self, data, tmp_path):
         said = refuse(*flags(tmp_path / "gone", data))
         assert f"{tmp_path / 'gone'} is neither a local folder nor" in said
+        assert f"{Path.cwd()}, to which paths are relative, has no such folder" in said
 
     def test_an_empty_model_folder(self, data, tmp_path):
         (tmp_path / "empty").mkdir()
