@@ -12,12 +12,15 @@ import torch
 import transformers
 from factors import Described, make_described
 from models import Tensors, make_measured
+from running import recipe_of
 from tokenizers_of_words import SPECIAL, give_tokenizer
 
 FLOOR = 1e-6
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLES = (EMBEDDING, HEAD)
 """Those of an untied Llama."""
+WORDS = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
+"""Of three models that share some, in different places; each has one that no other has."""
 
 
 @dataclass
@@ -43,6 +46,21 @@ def make_speaker(
     made = make_measured(folder, family, seed=seed, **sizes, **options)
     give_tokenizer(folder, pairs=False, tokens=tokens)
     return Speaker(made[0], tokens, *made[1:])
+
+
+def make_speakers(
+    place: Path, words: Sequence[str] = WORDS, family: str = "llama", **options: object
+) -> list[Speaker]:
+    """Make a model a text of words, `a`, `b` and so on."""
+    return [
+        make_speaker(place / name, text, family, seed=seed, **options)
+        for seed, (name, text) in enumerate(zip("abcd", words, strict=False))
+    ]
+
+
+def recipe(speakers: Sequence[Speaker], lambdas: list | None = None, **top: object) -> dict:
+    """Return a recipe that lists the models."""
+    return recipe_of(*(s.folder for s in speakers), lambdas=lambdas, **top)
 
 
 def make_described_speaker(

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from models import FAMILIES, random_fishers, read, rewrite, write_fishers
-from running import assert_close, merged, mergekit_yaml, recipe_of
+from running import assert_close, merged, mergekit_yaml
 from tokenizers_of_words import SPECIAL, give_tokenizer
 from vocabulary_oracle import (
     EMBEDDING,
@@ -16,7 +16,8 @@ from vocabulary_oracle import (
     filled,
     fisher_rows,
     loads,
-    make_speaker,
+    make_speakers,
+    recipe,
     rows,
     tokens_of,
 )
@@ -24,16 +25,7 @@ from vocabulary_oracle import (
 
 @pytest.fixture
 def speakers(tmp_path):
-    """Return models that share words, in different places; each has one that no other has."""
-    words = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
-    return [
-        make_speaker(tmp_path / n, w, seed=i)
-        for i, (n, w) in enumerate(zip("abc", words, strict=True))
-    ]
-
-
-def recipe(speakers, lambdas=None, **top):
-    return recipe_of(*(s.folder for s in speakers), lambdas=lambdas, **top)
+    return make_speakers(tmp_path)
 
 
 def test_a_union_by_the_command(speakers, tmp_path):
@@ -216,10 +208,7 @@ def test_a_prior(speakers, tmp_path):
 
 def test_a_tied_head(tmp_path):
     words = ("cat dog the", "the mat cat mouse")
-    a, b = (
-        make_speaker(tmp_path / n, w, seed=i, tie_word_embeddings=True)
-        for i, (n, w) in enumerate(zip("ab", words, strict=True))
-    )
+    a, b = make_speakers(tmp_path, words, tie_word_embeddings=True)
     assert HEAD not in a.thetas
     content = recipe([a, b], [1, 2], tokenizer_source="union", base_model=str(a.folder))
     found = merged(content, tmp_path / "out")
@@ -287,11 +276,7 @@ def test_an_excluded_table_of_another_width(speakers, tmp_path):
 @pytest.mark.parametrize("unlisted", [False, True])
 def test_truncation(tmp_path, unlisted):
     """Rows and Fishers are cut alike, to the smallest, base_model's where it is not merged too."""
-    words = ("cat dog the mat", "dog cat the beta gamma", "the cat")
-    made = [
-        make_speaker(tmp_path / n, w, seed=i)
-        for i, (n, w) in enumerate(zip("abc", words, strict=True))
-    ]
+    made = make_speakers(tmp_path, ("cat dog the mat", "dog cat the beta gamma", "the cat"))
     merged_ones, base = (made[:2], made[2]) if unlisted else (made[:2], made[0])
     lambdas = [1, 2]
     content = recipe(merged_ones, lambdas, base_model=str(base.folder))

@@ -11,6 +11,7 @@ from tokenizers_of_words import SPECIAL, give_tokenizer
 from vocabulary_oracle import (
     EMBEDDING,
     HEAD,
+    WORDS,
     dense,
     fisher_rows,
     loads,
@@ -21,7 +22,6 @@ from vocabulary_oracle import (
 
 METHODS = {"gram": "regmean", "kfac": "mats"}
 both_kinds = pytest.mark.parametrize("kind", list(METHODS))
-WORDS = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
 LAMBDAS = [0.5, 0.3, 0.2]
 
 

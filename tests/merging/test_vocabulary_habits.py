@@ -6,7 +6,7 @@ import transformers
 import yaml
 from mergekit.tokenizer import build
 from models import FAMILIES, make_measured
-from running import assert_close, merged, recipe_of
+from running import assert_close, merged
 from tokenizers_of_words import give_tokenizer
 from vocabulary_oracle import (
     EMBEDDING,
@@ -16,7 +16,8 @@ from vocabulary_oracle import (
     expected,
     fisher_rows,
     loads,
-    make_speaker,
+    make_speakers,
+    recipe,
     rows,
     tokens_of,
 )
@@ -28,16 +29,7 @@ from fisher_mergekit.recipe import read_recipe
 
 @pytest.fixture
 def speakers(tmp_path):
-    """Return models that share words, in different places; each has one that no other has."""
-    words = ("cat dog the alpha", "dog the beta cat mat", "mat the gamma cat")
-    return [
-        make_speaker(tmp_path / n, w, seed=i)
-        for i, (n, w) in enumerate(zip("abc", words, strict=True))
-    ]
-
-
-def recipe(speakers, lambdas=None, **top):
-    return recipe_of(*(s.folder for s in speakers), lambdas=lambdas, **top)
+    return make_speakers(tmp_path)
 
 
 def test_slices_take_the_tokens_of_their_models(speakers, tmp_path):
@@ -136,10 +128,8 @@ def test_a_model_of_pictures_and_text(tmp_path, family, monkeypatch):
     """mergekit writes the size of the vocabulary where this kind's configuration has none."""
     words = (" ".join(f"w{i}" for i in range(first, first + 26)) for first in (0, 3))
     sizes = FAMILIES[family][1]["text_config"]
-    made = [
-        make_speaker(tmp_path / n, w, family, seed=i, text_config={**sizes, "vocab_size": 30})
-        for i, (n, w) in enumerate(zip("ab", words, strict=True))
-    ]
+    text = {**sizes, "vocab_size": 30}
+    made = make_speakers(tmp_path, words, family, text_config=text)
     content = recipe(made, [1, 2], tokenizer_source="union", base_model=str(made[0].folder))
     found = merged(content, tmp_path / "out")
     tokens = tokens_of(tmp_path / "out")

@@ -6,17 +6,14 @@ import pytest
 from models import make_measured
 from running import merged, recipe_of
 from tokenizers_of_words import give_tokenizer
-from vocabulary_oracle import make_described_speaker, make_speaker
+from vocabulary_oracle import make_described_speaker, make_speakers
 
 from fisher_mergekit.errors import PlanningError
 
 
 @pytest.fixture
 def pair(tmp_path):
-    return [
-        make_speaker(tmp_path / name, words, seed=i)
-        for i, (name, words) in enumerate((("a", "cat dog the"), ("b", "dog the mat cow")))
-    ]
+    return make_speakers(tmp_path, ("cat dog the", "dog the mat cow"))
 
 
 def problems(content, out, **options):
