@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import TypeVar
 
 import click
+
+_Found = TypeVar("_Found")
 
 
 class FisherMergekitError(click.ClickException):
@@ -46,6 +49,16 @@ class SidecarMissing(SidecarError):
 
 class UnsupportedMergekit(FisherMergekitError):
     """The installed mergekit is not one that this package knows how to extend."""
+
+
+class Problems(list[str]):
+    """What is wrong, gathered step by step so that all of it can be told at once."""
+
+    def of(self, step: tuple[_Found, Iterable[str]]) -> _Found:
+        """Keep what a step found wrong, and return what it found."""
+        found, told = step
+        self.extend(told)
+        return found
 
 
 class PlanningError(FisherMergekitError):

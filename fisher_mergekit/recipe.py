@@ -344,23 +344,21 @@ def _complaint(error: Any) -> str:
     )
 
 
-def exclude_patterns(config: MergeConfiguration) -> tuple[str, ...]:
-    """Return the recipe's `exclude`: name parts, given as a list or as one string.
+def exclude_patterns(config: MergeConfiguration) -> tuple[tuple[str, ...], list[str]]:
+    """Return the recipe's `exclude`, and what is wrong with it: anything but non-empty strings.
 
-    Read from the raw settings, because to mergekit a list of strings is a layer gradient.
-
-    Raises:
-        RecipeError: anything but non-empty strings.
+    Name parts, given as a list or as one string. Read from the raw settings, because to mergekit a
+    list of strings is a layer gradient.
     """
     raw: Any = (config.parameters or {}).get("exclude")
     if raw is None:
-        return ()
+        return (), []
     patterns = [raw] if isinstance(raw, str) else raw
     if not isinstance(patterns, list) or not all(isinstance(p, str) and p for p in patterns):
-        raise RecipeError(
+        return (), [
             f"parameters.exclude: expected a list of name parts such as [classifier], got {raw!r}."
-        )
-    return tuple(patterns)
+        ]
+    return tuple(patterns), []
 
 
 def parameter_problems(config: MergeConfiguration) -> list[str]:

@@ -11,7 +11,7 @@ from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.plan import MergePlanner
 
-from fisher_mergekit.errors import PlanningError, RecipeError
+from fisher_mergekit.errors import PlanningError, Problems
 from fisher_mergekit.merging import (
     card,
     checks,
@@ -50,30 +50,19 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     Raises:
         PlanningError: everything that is wrong, before any weight is merged.
     """
-    config, options = planner.config, planner.options
-    method = METHODS[config.merge_method]
-
-    if options.allow_crimes and planner.arch_info.architectures:
-        # mergekit takes the description of whichever model comes first in a set.
-        described = arch_info_for_config(planner.out_model_config)
-        planner.arch_info = described or planner.arch_info
+    config = planner.config
+    describe_by_output(planner)
     sliced = is_sliced(config)  # before mergekit turns everything into slices
-    problems = checks.recipe(config)
-    patterns: tuple[str, ...] = ()
-    try:
-        patterns = exclude_patterns(config)
-    except RecipeError as error:
-        problems.append(error.message)
+    problems = Problems(checks.recipe(config))
+    patterns = problems.of(exclude_patterns(config))
     try:
         records = record_walk(planner, walk)
     except (RuntimeError, ValueError) as error:
         # What mergekit stumbles over is most likely what we have a better sentence for.
         raise PlanningError(problems or [f"mergekit cannot plan this merge: {error}"]) from error
 
-    files, told = slots.open_files(records)
-    problems += told
-    tokens, told = vocabulary.find(planner)
-    problems += told
+    files = problems.of(slots.open_files(records))
+    tokens = problems.of(vocabulary.find(planner))
     outputs = slots.find_slots(records, files, patterns, aligns=tokens.changes)
     problems += vocabulary.problems_of(outputs, tokens)
     head = output.task_head([slot.name for slot in outputs], planner.out_model_config)
@@ -89,22 +78,53 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
         problems += output.loads(outputs, vocabulary.settle(planner, tokens), tokens)
 
     merged = [slot for slot in outputs if slot.is_merged and slot.is_complete]
-    resolved, told = settings.resolve(merged, method, config)
-    problems += told
-    decision, told = decide(merged, resolved, config, files)
-    problems += told
-    for (model, kind), sidecar in decision.opened.items() if not problems else ():
-        if kind != method.kind:
-            continue
-        problems += output.left_out(
+    resolved = problems.of(settings.resolve(merged, METHODS[config.merge_method], config))
+    decision = problems.of(decide(merged, resolved, config, files))
+    if not problems:
+        problems += left_out(planner, decision, files)
+    if problems:
+        raise PlanningError(list(dict.fromkeys(problems)))
+
+    warn_of_head(head, outputs, patterns, config)
+    if planner.options.write_model_card:
+        card.note(config, outputs, decision)
+    builder = Builder(decision, config, planner.options, tokens)
+    planner._tensors.extend((slot.weight, builder.task(slot)) for slot in outputs)
+
+
+def describe_by_output(planner: MergePlanner) -> None:
+    """Let mixed architectures be described by the output's, as its configuration has it.
+
+    mergekit takes the description of whichever model comes first in a set.
+    """
+    if planner.options.allow_crimes and planner.arch_info.architectures:
+        described = arch_info_for_config(planner.out_model_config)
+        planner.arch_info = described or planner.arch_info
+
+
+def left_out(planner: MergePlanner, decision: Decision, files: Files) -> list[str]:
+    """Say which measured parameters mergekit would leave out of the merge."""
+    kind = METHODS[planner.config.merge_method].kind
+    return [
+        problem
+        for (model, of), sidecar in decision.opened.items()
+        if of == kind
+        for problem in output.left_out(
             files[model],
             sidecars.parameters(sidecar),
             planner.arch_info,
             planner.out_model_config,
         )
-    if problems:
-        raise PlanningError(list(dict.fromkeys(problems)))
+    ]
 
+
+def warn_of_head(
+    head: Sequence[str],
+    outputs: Sequence[Slot],
+    patterns: Sequence[str],
+    config: MergeConfiguration,
+) -> None:
+    """Tell of a task head that is merged like all else, and how to keep it out."""
     if any(slot.is_merged and len(slot.sources) > 1 for slot in outputs if slot.name in head):
         LOG.warning(
             "The task head is merged too (%s), which makes sense only for models of one task and "
@@ -118,10 +138,6 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
                 has_base=config.base_model is not None,
             ),
         )
-    if options.write_model_card:
-        card.note(config, outputs, decision)
-    builder = Builder(decision, config, options, tokens)
-    planner._tensors.extend((slot.weight, builder.task(slot)) for slot in outputs)
 
 
 def decide(
@@ -132,7 +148,8 @@ def decide(
 ) -> tuple[Decision, list[str]]:
     """Open the sidecars, and choose by which of them each tensor is merged; say what is wrong."""
     method = METHODS[config.merge_method]
-    given, problems = sidecars.given_paths(config)
+    problems = Problems()
+    given = problems.of(sidecars.given_paths(config))
     # `precompute` does not read the several recipes of one mergekit-multi file.
     one_by_one = "mergekit.scripts.multimerge" in sys.modules
     remedies = Remedies(given, one_by_one)
@@ -142,13 +159,10 @@ def decide(
         model: part_names(x for slot in merged for x in slot.sources if x.model == model)
         for model in counting
     }
-    opened, told = sidecars.open_all(names, kinds, files, remedies)
-    problems += told
-    bases, told = priors.base_sources(merged, resolved, config, files)
-    problems += told
+    opened = problems.of(sidecars.open_all(names, kinds, files, remedies))
+    bases = problems.of(priors.base_sources(merged, resolved, config, files))
     if bases:
-        prior, told = priors.open_prior(bases, config, files, given)
-        problems += told
+        prior = problems.of(priors.open_prior(bases, config, files, given))
         if prior is not None:
             opened[next(iter(bases.values())).model, PRIOR_KIND] = prior
     if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
