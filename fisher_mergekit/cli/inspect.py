@@ -58,7 +58,10 @@ def _place(given: Path) -> Path:
         return given / FOLDER_NAME if (given / FOLDER_NAME).is_dir() else given
     cached = writing_place(str(given))
     if not cached.exists():
-        raise SidecarError(f"there is no {given} here, and {cached} is not there either.")
+        raise SidecarError(
+            f"there is no file or folder {given}, and no sidecar at {cached}, where that of a Hub "
+            "model of this name would be. Measure the model: mergekit-fisher precompute RECIPE"
+        )
     return cached
 
 

@@ -114,7 +114,10 @@ def find(planner: MergePlanner) -> tuple[Vocabulary, list[str]]:
         info = build_anew(own)
     except Exception as error:  # whatever a tokenizer's code stumbles over
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        return found, [f"mergekit cannot build the output's tokenizer: {told}"]
+        source = own.tokenizer_source  # a misspelt word is a model's name to mergekit
+        meant = nearest(str(source), ("union", "base"), cutoff=0.75)
+        taken = f" {source} is taken for a model.{meant}" if meant else ""
+        return found, [f"mergekit cannot build the output's tokenizer: {told}{taken}"]
     lacking = [m for m in own.referenced_models if m not in info.original_vocabs]
     problems = [_without_tokenizer(str(model)) for model in lacking]
     numbers = info.tokenizer.get_vocab()

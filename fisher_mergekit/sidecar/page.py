@@ -194,7 +194,7 @@ def _examples(settings: Settings) -> str | None:
     if settings.examples is None:
         return None
     asked = settings.examples_requested
-    short = f" (asked for {asked:,})" if asked and asked > settings.examples else ""
+    short = f" (of at most {asked:,})" if asked and asked > settings.examples else ""
     return f"{settings.examples:,}{short}"
 
 

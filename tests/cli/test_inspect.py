@@ -53,7 +53,8 @@ def test_a_model_of_the_hub_is_named_by_its_name(
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     said = inspect(tmp_path / "gone")
     assert said.exit_code == 1
-    assert f"there is no {tmp_path / 'gone'} here" in said.output
+    assert f"there is no file or folder {tmp_path / 'gone'}," in said.output
+    assert "mergekit-fisher precompute" in said.output
 
 
 def test_the_shares_of_the_tensors_add_up(model: Path) -> None:

@@ -237,7 +237,7 @@ class TestOneModel:
         assert "has only 7 examples, not the 50 asked for" in caplog.text
         settings = Sidecar(bert / "sidecar", "fisher").measurement.settings
         assert (settings.examples, settings.examples_requested) == (7, 50)
-        assert "7 (asked for 50)" in (bert / "sidecar" / "README.md").read_text()
+        assert "7 (of at most 50)" in (bert / "sidecar" / "README.md").read_text()
 
     def test_large_sidecars_are_sharded(self, bert, data, tmp_path):
         succeed(*flags(bert, data, "--out", tmp_path / "whole"))

@@ -69,6 +69,12 @@ def test_a_tokenizer_of_another_model(pair, tmp_path):
     assert message.startswith(f"{source} has no tokenizer")
 
 
+def test_a_misspelt_union_is_not_only_a_model_that_cannot_be_found(pair, tmp_path):
+    content = recipe(pair, base_model=str(pair[0].folder), tokenizer_source="unoin")
+    message = problem(content, tmp_path / "out")
+    assert message.endswith(" unoin is taken for a model. Did you mean 'union'?")
+
+
 @pytest.mark.parametrize(
     ("token", "config", "told"),
     [
