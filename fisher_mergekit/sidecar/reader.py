@@ -68,7 +68,9 @@ class Sidecar(Mapping[str, TensorInfo]):
             header = read_header(path)
             if header is None:
                 inside = path / FOLDER_NAME
-                hint = f" There is one at {inside}." if (inside / HEADER_NAME).exists() else ""
+                hint = ""
+                if (inside / HEADER_NAME).exists():
+                    hint = f" There is one at {inside}: write `sidecar: {inside}`, or measure it."
                 raise SidecarMissing(f"there is no sidecar at {path}.{hint}")
             if kind not in header.kinds:
                 raise SidecarMissing(

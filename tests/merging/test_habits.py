@@ -52,7 +52,11 @@ def test_a_model_s_folder_named_as_sidecar_is_told_where_it_is(pair, tmp_path):
     a, b = (folder for folder, *_ in pair)
     recipe = recipe_of(a, b)
     recipe["models"][0]["parameters"] = {"sidecar": str(a)}
-    assert f"no sidecar at {a}. There is one at {a / 'sidecar'}." in refusal(recipe, tmp_path / "o")
+    said = refusal(recipe, tmp_path / "o")
+    assert (
+        f"no sidecar at {a}. There is one at {a / 'sidecar'}: write `sidecar: {a / 'sidecar'}`"
+        in said
+    )
 
 
 def test_an_excluded_tensor_that_overflows_is_an_error(pair, tmp_path):
