@@ -3,6 +3,7 @@
     install.py    registers the methods, and wraps mergekit's planning and its model card
     method.py     the object that mergekit's registry holds: parameters, and a refusal
     planner.py    from mergekit's planner to tasks: record its walk, check, build
+    walk.py       the record of mergekit's walk
     files.py      a model's tensors, and what transformers makes of them while loading
     slots.py      an output tensor and the models' tensors that go into it
     settings.py   lambda and the method's parameters, resolved for one output tensor
@@ -12,6 +13,7 @@
     depth.py      how many layers a sliced recipe makes, and what the output's config says of them
     exclude.py    which tensors the recipe keeps out, and which it should
     sidecars.py   the models' sidecars: found, opened, checked
+    remedies.py   the commands that measure what is missing, for messages
     priors.py     base_model's own Fisher, where it is a prior
     pieces.py     what is put together while loading, as it is in the files
     ways.py       by which kind each tensor is merged, and the kinds' scales

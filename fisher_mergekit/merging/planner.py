@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 
-from mergekit.architecture import WeightInfo, arch_info_for_config
-from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.architecture import arch_info_for_config
+from mergekit.config import MergeConfiguration
 from mergekit.plan import MergePlanner
 
 from fisher_mergekit.errors import PlanningError, Problems
@@ -27,9 +25,10 @@ from fisher_mergekit.merging import (
 from fisher_mergekit.merging.build import Builder
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.pieces import with_pieces
+from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
-from fisher_mergekit.merging.sidecars import Remedies
-from fisher_mergekit.merging.slots import Record, Slot, part_names
+from fisher_mergekit.merging.slots import Slot, part_names
+from fisher_mergekit.merging.walk import is_sliced, record_walk
 from fisher_mergekit.merging.ways import PRIOR_KIND, Decision, choose, kinds_needed, scales_of
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import exclude_patterns
@@ -150,9 +149,7 @@ def decide(
     method = METHODS[config.merge_method]
     problems = Problems()
     given = problems.of(sidecars.given_paths(config))
-    # `precompute` does not read the several recipes of one mergekit-multi file.
-    one_by_one = "mergekit.scripts.multimerge" in sys.modules
-    remedies = Remedies(given, one_by_one)
+    remedies = Remedies(given)
     kinds = kinds_needed(method, resolved)
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
     names = {
@@ -185,47 +182,3 @@ def decide(
     ways, told = choose(merged, resolved, method, opened, remedies, bases)
     scales = {} if told else scales_of(merged, ways, opened)
     return Decision(ways, resolved, scales, pieces, opened), [*problems, *told]
-
-
-def is_sliced(config: MergeConfiguration) -> bool:
-    """Whether the recipe says which layers go where, rather than merging like with like."""
-    return bool(config.slices) or any(m.slices for m in (config.modules or {}).values())
-
-
-def record_walk(planner: MergePlanner, walk: Callable[[], None]) -> list[Record]:
-    """Let mergekit walk over modules, slices and layers, and note every tensor it comes to.
-
-    An unlisted base_model is not among the models: mergekit's `normalize_config` would append it
-    to the inputs, so the recipe is brought into normal form before, while no base_model is seen.
-    """
-    records: list[Record] = []
-
-    def note(
-        weight: WeightInfo,
-        weights_in: Sequence[WeightInfo],
-        models: Sequence[ModelReference],
-        cfg_reader: ConfigReader,
-    ) -> None:
-        if len(weights_in) != len(models):
-            # mergekit 0.1.5 counts the first slice's models for weights after the last layer;
-            # they all bear the output's name there.
-            weights_in = [weight] * len(models)
-        adds_base = any(cfg_reader.module is module for module in listing)
-        records.append(Record(weight, tuple(weights_in), tuple(models), cfg_reader, adds_base))
-
-    config = planner.config
-    listed = [name for name, module in (config.modules or {}).items() if module.models]
-    if config.models:
-        listed = list(planner.arch_info.modules)
-    base_model, config.base_model = config.base_model, None
-    try:
-        planner.normalize_config()
-    finally:
-        config.base_model = base_model
-    listing = [config.modules[name] for name in listed]
-    planner.plan_tensor = note
-    try:
-        walk()
-    finally:
-        del planner.plan_tensor
-    return records

@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from fisher_mergekit.errors import some
 from fisher_mergekit.merging import sidecars
 from fisher_mergekit.merging.files import Files
+from fisher_mergekit.merging.remedies import command_for
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source, part_names
 from fisher_mergekit.methods import PRIOR, PRIOR_SIDECAR
@@ -136,7 +137,7 @@ def open_prior(
     path = place or sidecars.place_of(base, files[base].checkpoint.folder)
     names = part_names(bases.values())
     # The base need not be one of the recipe's models, so it is measured by itself.
-    remedy = sidecars.command_for(base, KIND, place)
+    remedy = command_for(base, KIND, place)
     return sidecars.open_checked(base, path, KIND, files[base], names, remedy)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.common import ModelReference
@@ -13,14 +12,11 @@ from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import SidecarError, SidecarMissing
 from fisher_mergekit.merging.files import Files
+from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
 from fisher_mergekit.sidecar.location import reading_place
 from fisher_mergekit.sidecar.reader import Sidecar
-
-MEASURE = "Run: mergekit-fisher precompute"
-DEFAULT_KIND = "fisher"
-"""What `precompute --model` measures when nothing else is asked for."""
 
 COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
 """Settings that must agree before two models' precisions may be weighed against each other."""
@@ -29,29 +25,6 @@ ASYMMETRY = 1e-3
 """Largest difference of a factor from its transpose, relative to its largest value."""
 
 _opened: dict[tuple[Path, str], Sidecar] = {}
-
-
-@dataclass(frozen=True)
-class Remedies:
-    """The commands that measure what is missing, for messages.
-
-    Attributes:
-        given: the sidecars that the recipe names.
-        one_by_one: whether the recipe is one that `precompute` cannot read as a whole.
-    """
-
-    given: Mapping[ModelReference, Path]
-    one_by_one: bool = False
-
-    def of(self, model: ModelReference, kind: str) -> str:
-        """Return the sentence with the command that measures a kind of a model."""
-        return command_for(model, kind, self.given.get(model), one_by_one=self.one_by_one)
-
-    @property
-    def of_all(self) -> str:
-        """The command that measures the recipe's models."""
-        one = f"{MEASURE} --model MODEL --path DATA --text COLUMN"
-        return one if self.one_by_one else f"{MEASURE} RECIPE"
 
 
 def open_anew(path: Path, kind: str) -> Sidecar:
@@ -227,35 +200,6 @@ def squared_norm(sidecar: Sidecar, weight: str) -> float:
     if factors.outputs is None:  # the identity
         return squares[0] * (first if factors.input_axis == -1 else last)
     return math.prod(squares) / math.prod(lead)
-
-
-def command_for(
-    model: ModelReference,
-    kind: str = DEFAULT_KIND,
-    out: Path | None = None,
-    *,
-    one_by_one: bool = True,
-) -> str:
-    """Return the sentence with the command that measures a model, by itself or with its recipe."""
-    flags = _flags(model)
-    if not one_by_one:
-        return f"{MEASURE} RECIPE{flags}"
-    which = "" if kind == DEFAULT_KIND else f" --kind {kind}"
-    place = f" --out {out}" if out is not None else ""
-    return f"{MEASURE} --model {model}{which}{place}{flags} --path DATA --text COLUMN"
-
-
-def _flags(model: ModelReference) -> str:
-    """Return the flags of this merge that the measuring of a model needs too."""
-    loaders = LoaderCache()
-    given: dict[str, str | None] = {}
-    if model.lora is not None:
-        given["--lora-merge-cache"] = loaders.lora_cache_dir
-        given["--lora-merge-dtype"] = loaders.lora_merge_dtype
-    if not all(Path(part.path).exists() for part in (model.model, model.lora) if part is not None):
-        given["--transformers-cache"] = loaders.hf_cache_dir
-    words = [f" {flag} {value}" for flag, value in given.items() if value]
-    return "".join([*words, " --trust-remote-code" if loaders.trust_remote_code else ""])
 
 
 def mixed(measured: Mapping[str, header.Measurement], remedy: str) -> list[str]:

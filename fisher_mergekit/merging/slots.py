@@ -14,23 +14,9 @@ from fisher_mergekit.errors import CheckpointError
 from fisher_mergekit.merging import files as model_files
 from fisher_mergekit.merging.exclude import is_excluded
 from fisher_mergekit.merging.files import Files, ModelFiles, Stored
+from fisher_mergekit.merging.walk import Record
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One call of mergekit's `plan_tensor`: an output tensor, and what the models call it.
-
-    Attributes:
-        adds_base: whether mergekit would have added base_model, if it is none of the models.
-    """
-
-    weight: WeightInfo
-    weights_in: tuple[WeightInfo, ...]
-    models: tuple[ModelReference, ...]
-    reader: ConfigReader
-    adds_base: bool = False
 
 
 @dataclass(frozen=True)

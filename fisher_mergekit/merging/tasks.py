@@ -29,6 +29,7 @@ from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import CheckpointError, SidecarError
 from fisher_mergekit.merging import files, sidecars
+from fisher_mergekit.merging.remedies import command_for
 from fisher_mergekit.precision import equation, kind_for, rows
 
 
@@ -158,7 +159,7 @@ class LoadPrecision(Precision):
     def _corrupt(self, what: str) -> SidecarError:
         return SidecarError(
             f"the sidecar {self.path} of {self.model} is corrupt: {what}. "
-            f"{sidecars.command_for(self.model, self.kind)} --force"
+            f"{command_for(self.model, self.kind)} --force"
         )
 
     def priority(self) -> int:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from mergekit.common import ModelReference
 
 from fisher_mergekit.errors import some
+from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
-from fisher_mergekit.merging.sidecars import Remedies, squared_norm
+from fisher_mergekit.merging.sidecars import squared_norm
 from fisher_mergekit.merging.slots import Slot, Source, part_names
 from fisher_mergekit.methods import EMBEDDINGS, OTHERS, Method
 from fisher_mergekit.precision.fisher import root_mean_square
