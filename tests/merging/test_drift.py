@@ -64,6 +64,8 @@ NAMES = {
     "mergekit.config": {
         "ConditionalParameter": "one entry of a list of filters",
         "ConfigReader": "the settings that hold for one output tensor",
+        "InputModelDefinition": "its keys beside `model`, to know misspelt ones by",
+        "InputSliceDefinition": "likewise, in a slice",
         "MergeConfiguration": "the recipe",
         "OutputModuleDefinition": "one module of the output, in slices",
         "OutputSliceDefinition": "some layers of the output, and which layers they come from",
@@ -108,6 +110,7 @@ NAMES = {
     "mergekit.tokenizer.config": {
         "ModelTokenEmbedding": "a token's row is that of another token",
         "TokenEmbeddingConfig": "what a recipe says of one token",
+        "TokenizerConfig": "the keys of `tokenizer:`, to know misspelt ones by",
         "ZeroEmbedding": "a token's row is zero",
     },
     "mergekit.tokenizer.truncate": {"TruncatedVocabulary": "cuts rows to the fewest"},
