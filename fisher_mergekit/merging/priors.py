@@ -66,16 +66,13 @@ def base_sources(
         return {}, problems  # that its files cannot be read has been told
     found: dict[str, Source] = {}
     lacking: list[str] = []
+    apart: dict[str, str] = {}
     for slot in wanted:
         sources = [slot.sources[i] for i in resolved[slot.name].counting]
         first = sources[0].weight
         others = {source.weight.name for source in sources}
         if len(others) > 1:
-            problems.append(
-                f"{slot.name} is merged of {' and '.join(sorted(others))}, which did not begin as "
-                "one tensor of base_model, so there is no prior for it. Switch it off there: "
-                f"{_without(slot.name)}"
-            )
+            apart[slot.name] = " and ".join(sorted(others))
             continue
         source = Source(base, first, files[base].find(first))
         if source.stored is None:
@@ -91,6 +88,13 @@ def base_sources(
             )
         else:
             found[slot.name] = source
+    for name, of in [*apart.items()][:1]:
+        more = f", nor for {len(apart) - 1:,} more" if len(apart) > 1 else ""
+        problems.append(
+            f"{name} is merged of {of}, which did not begin as one tensor of base_model, so there "
+            f"is no prior for it{more}. Switch it off where different layers go together: "
+            "`prior: false` under the `parameters:` of each such slice."
+        )
     if lacking:
         problems.append(
             f"base_model {base} lacks {some(lacking, 1)}, so there is no prior for it. Switch it "

@@ -232,8 +232,13 @@ class TestRefusals:
         del content["models"]
         sources = [{"model": str(m), "layer_range": [i, i + 1]} for i, m in enumerate((a, b))]
         content["slices"] = [{"sources": sources}]
-        messages = self.problems(content, tmp_path / "out")
-        assert any("which did not begin as one tensor of base_model" in m for m in messages)
+        (message,) = self.problems(content, tmp_path / "out")
+        assert "which did not begin as one tensor of base_model" in message
+        assert "nor for 8 more. Switch it off" in message
+        # Beside a slice that has one, by the line that the message gives.
+        content["slices"][0]["parameters"] = {"prior": False}
+        content["slices"].append({"sources": [{"model": str(b), "layer_range": [1, 2]}]})
+        assert merged(content, tmp_path / "out")
 
     def test_a_head_that_the_base_lacks(self, tmp_path):
         a, b, base = folders = [tmp_path / name for name in ("a", "b", "base")]
