@@ -62,7 +62,7 @@ class Problems(list[str]):
 
 
 class PlanningError(FisherMergekitError):
-    """Everything that is wrong with a merge, found before any weight is merged.
+    """Everything that is wrong with a recipe, found before anything is measured or merged.
 
     Attributes:
         problems: one self-contained message a problem.
