@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
 
-from fisher_mergekit.errors import CheckpointError, some
+from fisher_mergekit.errors import CheckpointError, nearest, some
 from fisher_mergekit.merging import exclude, output
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.slots import Slot, without
@@ -46,6 +47,29 @@ def recipe(config: MergeConfiguration) -> list[str]:
             "`exclude:` takes the excluded tensors from base_model, and the recipe names none. "
             "Add `base_model:` at the top."
         )
+    return problems
+
+
+def walk(config: MergeConfiguration, architecture: ModelArchitecture) -> list[str]:
+    """Check that there is a way through modules and layers, which mergekit takes as it is told."""
+    known = list(architecture.modules)
+    problems = [
+        f"`modules:` names {name!r}, but a model of this kind has {', '.join(known)} for mergekit."
+        f"{nearest(name, known)}"
+        for name in config.modules or {}
+        if name not in known
+    ]
+    pieces = _slices(config)
+    problems += [
+        f"layer_range [{start}, {stop}] of {source.model}: it goes from the first layer, counted "
+        "from 0, to the one behind the last."
+        for source in (source for piece in pieces for source in piece.sources)
+        for start, stop in [source.layer_range]
+        if not 0 <= start <= stop
+    ]
+    ranges = [source.layer_range for piece in config.slices or [] for source in piece.sources]
+    if ranges and all(start == stop for start, stop in ranges):
+        problems.append("the slices make no layer at all; give one of them a longer `layer_range`.")
     return problems
 
 

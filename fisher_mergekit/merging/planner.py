@@ -54,6 +54,9 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     sliced = is_sliced(config)  # before mergekit turns everything into slices
     problems = Problems(checks.recipe(config))
     patterns = problems.of(exclude_patterns(config))
+    stray = checks.walk(config, planner.arch_info)
+    if stray:
+        raise PlanningError([*problems, *stray])
     try:
         records = record_walk(planner, walk)
     except (RuntimeError, ValueError) as error:

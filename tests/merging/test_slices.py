@@ -239,6 +239,32 @@ def test_two_layers_of_one_model(deep, tmp_path):
     assert_close(found, by_hand(plan, [theta] * 2, [fisher] * 2))
 
 
+@pytest.mark.parametrize(
+    ("ranges", "told"),
+    [
+        ([(2, 0), (2, 0)], ["layer_range [2, 0] of"] * 2),
+        ([(-1, 1), (0, 2)], ["layer_range [-1, 1] of"]),
+        ([(1, 1), (2, 2)], ["the slices make no layer at all"]),
+    ],
+)
+def test_ranges_that_are_none(deep, tmp_path, ranges, told):
+    """mergekit would write a model without layers, or look for layer -1."""
+    parts = [(m, *r, 1) for m, r in zip(deep[0], ranges, strict=True)]
+    with pytest.raises(PlanningError) as info:
+        merged(sliced(piece(*parts)), tmp_path / "out")
+    assert len(info.value.problems) == len(told)
+    for problem, start in zip(info.value.problems, told, strict=True):
+        assert problem.startswith(start)
+
+
+def test_a_slice_without_layers_says_whose_embeddings_there_are(deep, tmp_path):
+    """As in mergekit, where the first slice gives what comes before the layers."""
+    (a, b), thetas, fishers = deep
+    found = merged(sliced(piece((b, 0, 0, 1)), piece((a, 0, 1, 1))), tmp_path / "out")
+    plan = plan_of(thetas[0], [[(0, 0, 1)]], before=[(1, 1)], after=[(0, 1)])
+    assert_close(found, by_hand(plan, thetas, fishers))
+
+
 class TestConfiguration:
     """What the output's configuration says of single layers follows them."""
 
@@ -349,6 +375,14 @@ class TestModules:
             merged(self.recipe(encoder=encoder, decoder=listed, shared=listed), tmp_path / "out")
         (problem,) = info.value.problems
         assert f"{b} lacks encoder.block.1.layer.0.SelfAttention.relative_attention" in problem
+
+    def test_a_module_that_there_is_not(self, pair, tmp_path):
+        listed = {"models": [{"model": str(m[0])} for m in pair]}
+        with pytest.raises(PlanningError) as info:
+            merged(self.recipe(encodr=listed, decoder=listed, shared=listed), tmp_path / "out")
+        (problem,) = info.value.problems
+        assert problem.startswith("`modules:` names 'encodr', but a model of this kind has ")
+        assert problem.endswith("Did you mean 'encoder'?")
 
     def test_a_module_is_left_out(self, pair, tmp_path):
         listed = {"models": [{"model": str(m[0])} for m in pair]}
