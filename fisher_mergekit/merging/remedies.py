@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
@@ -28,7 +28,9 @@ class Remedies:
     @property
     def one_by_one(self) -> bool:
         """Whether it is one of several in a file for mergekit-multi, which `precompute` refuses."""
-        return "mergekit.scripts.multimerge" in sys.modules
+        context = click.get_current_context(silent=True)
+        callback = context.command.callback if context is not None else None
+        return getattr(callback, "__module__", None) == "mergekit.scripts.multimerge"
 
     def of(self, model: ModelReference, kind: str) -> str:
         """Return the sentence with the command that measures a kind of a model."""

@@ -36,6 +36,7 @@ from mergekit.merge_methods.base import (
 from mergekit.options import MergeOptions, ShardSizeParamType
 from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
+from mergekit.scripts import multimerge
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from mergekit.tokenizer.truncate import TruncatedVocabulary
@@ -114,7 +115,7 @@ NAMES = {
         "ZeroEmbedding": "a token's row is zero",
     },
     "mergekit.tokenizer.truncate": {"TruncatedVocabulary": "cuts rows to the fewest"},
-    "mergekit.scripts.multimerge": {"main": "its module tells that mergekit-multi is running"},
+    "mergekit.scripts.multimerge": {"main": "the command; its function's module tells it is run"},
 }
 """By module, each name and what we need it for."""
 
@@ -229,6 +230,9 @@ class TestNames:
         }
         new = needed - set(names.split())
         assert not new, f"{function.__qualname__} also wants {', '.join(sorted(new))} now"
+
+    def test_the_command_of_several_recipes_is_known_by_its_module(self):
+        assert multimerge.main.callback.__module__ == "mergekit.scripts.multimerge"
 
     def test_kernels_that_we_override(self):
         for name in ("__call__", "_execute", "_execute_resolved"):

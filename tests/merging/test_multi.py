@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import merge_oracle
 import pytest
 import torch
@@ -18,13 +15,12 @@ from mergekit.io.tasks import LoaderCache, ReturnTensor
 from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from mergekit.scripts import multimerge
 from models import make_measured, random_fishers, read, write_fishers
 from running import assert_close, recipe_of
 
 from fisher_mergekit.errors import PlanningError
 from fisher_mergekit.methods import METHODS
-
-SCRIPT = "mergekit.scripts.multimerge"
 
 
 @pytest.fixture
@@ -38,7 +34,6 @@ def three(tmp_path):
 def multi(tmp_path, monkeypatch):
     """Return a function that runs mergekit-multi on some recipes."""
     monkeypatch.setattr(LoaderCache, "loaders", {})
-    script = importlib.import_module(SCRIPT)
 
     def run(*recipes, **names):
         content = [*({"name": n, **r} for n, r in names.items()), *recipes]
@@ -46,10 +41,9 @@ def multi(tmp_path, monkeypatch):
         path.write_text(yaml.safe_dump_all(content, sort_keys=False))
         arguments = ["--out-path", tmp_path / "out", "-I", tmp_path / "steps"]
         flags = ["--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
-        return CliRunner().invoke(script.main, [str(x) for x in [path, *arguments, *flags]])
+        return CliRunner().invoke(multimerge.main, [str(x) for x in [path, *arguments, *flags]])
 
-    yield run
-    del sys.modules[SCRIPT]  # it is what tells planning that the command is mergekit-multi
+    return run
 
 
 def finished(result):
