@@ -1,0 +1,41 @@
+"""A mergekit recipe plus our keys, validated.
+
+One file serves two commands. `mergekit-yaml` reads mergekit's part and ignores the rest; this room
+reads all of it, and refuses what mergekit would drop in silence: unknown and misspelt keys.
+
+    calibration.py   `calibration`, of the recipe or of a model: what to measure on, and how
+    parameters.py    `parameters`: lambda, weight and sidecar of a model; the method's own; exclude
+    misspelt.py      keys that are nearly mergekit's own
+    reading.py       the whole recipe, as the measuring step reads it
+"""
+
+from fisher_mergekit.recipe.calibration import (
+    Attention,
+    Calibration,
+    Estimator,
+    Kind,
+    Unit,
+    read_calibration,
+)
+from fisher_mergekit.recipe.parameters import (
+    exclude_patterns,
+    parameter_blocks,
+    parameter_problems,
+)
+from fisher_mergekit.recipe.reading import Recipe, RecipeModel, parse_config, read_recipe
+
+__all__ = [
+    "Attention",
+    "Calibration",
+    "Estimator",
+    "Kind",
+    "Recipe",
+    "RecipeModel",
+    "Unit",
+    "exclude_patterns",
+    "parameter_blocks",
+    "parameter_problems",
+    "parse_config",
+    "read_calibration",
+    "read_recipe",
+]

@@ -1,0 +1,194 @@
+"""A recipe as the measuring step reads it: all of it, mergekit's part and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from pydantic import ValidationError
+
+from fisher_mergekit.errors import PlanningError, RecipeError, nearest
+from fisher_mergekit.methods import METHODS
+from fisher_mergekit.recipe.calibration import Calibration, Kind, read_calibration
+from fisher_mergekit.recipe.misspelt import NEAR, misspelt
+from fisher_mergekit.recipe.parameters import MODEL_KEYS, parameter_problems, shared_values
+
+
+@dataclass(frozen=True)
+class RecipeModel:
+    """One model of a recipe: its reference, its calibration, and its sidecar if the recipe says."""
+
+    reference: ModelReference
+    calibration: Calibration
+    sidecar: Path | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that is ready to be measured."""
+
+    path: Path
+    method: str
+    kinds: tuple[str, ...]
+    models: tuple[RecipeModel, ...]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe for the measuring step.
+
+    Raises:
+        RecipeError: unreadable, not a mergekit recipe, a method that measures nothing, two ways of
+            measuring one model, or an unknown key of `calibration`.
+        PlanningError: keys that are unknown, misspelt or in the wrong place.
+    """
+    content = _read_yaml(path)
+    config = parse_config(content, where=str(path))
+    if config.merge_method not in METHODS:
+        raise RecipeError(
+            f"{path}: merge_method {config.merge_method!r} needs nothing measured."
+            f"{nearest(config.merge_method, METHODS, cutoff=NEAR)} "
+            f"Methods that do: {', '.join(METHODS)}."
+        )
+    found = _entries(content)
+    named = [(str(model), entry) for model, entries in found.items() for entry in entries]
+    problems = [
+        *misspelt(content, named),
+        *_misplaced(content, named),
+        *parameter_problems(config),
+    ]
+    if problems:
+        raise PlanningError([f"{path}: {problem}" for problem in problems])
+    models = [
+        _model(reference, entries, content.get("calibration"), where=str(path))
+        for reference, entries in found.items()
+    ]
+    if base := _prior(config, content, [model.reference for model in models], where=str(path)):
+        models.append(base)
+    return Recipe(path, config.merge_method, kinds_of(config), tuple(models))
+
+
+def _entries(content: Mapping[str, Any]) -> dict[ModelReference, list[Mapping[str, Any]]]:
+    """Return what a recipe says of each model, under `models:` or in its slices and modules."""
+    found: dict[ModelReference, list[Mapping[str, Any]]] = {}
+    for block in (content, *(content.get("modules") or {}).values()):
+        pieces = [{"sources": block.get("models")}, *(block.get("slices") or ())]
+        for entry in (entry for piece in pieces for entry in piece["sources"] or ()):
+            found.setdefault(ModelReference.model_validate(entry["model"]), []).append(entry)
+    return found
+
+
+def _model(
+    reference: ModelReference,
+    entries: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any] | None,
+    *,
+    where: str,
+) -> RecipeModel:
+    """Return one model, which may stand in several slices but is measured once."""
+    said = {}
+    for key in ("calibration", "sidecar"):
+        values = [e if key == "calibration" else e.get("parameters") or {} for e in entries]
+        given = [value[key] for value in values if value.get(key) is not None]
+        if any(value != given[0] for value in given):
+            raise RecipeError(
+                f"{where}: {key} of {reference} is {given[0]!r} in one place, and "
+                f"{next(v for v in given if v != given[0])!r} in another; a model is measured once."
+            )
+        said[key] = given[0] if given else None
+    sidecar = said["sidecar"]
+    if sidecar is not None and not (isinstance(sidecar, str) and sidecar):
+        raise RecipeError(
+            f"{where}: sidecar of {reference}: expected a folder or a .safetensors file, "
+            f"got {sidecar!r}."
+        )
+    calibration = read_calibration(
+        defaults, said["calibration"], where=f"{where}: calibration of {reference}"
+    )
+    return RecipeModel(reference, calibration, Path(sidecar) if sidecar else None)
+
+
+def kinds_of(config: MergeConfiguration) -> tuple[str, ...]:
+    """Return the kinds that a recipe's merge reads: its method's, and what `others` names."""
+    own = METHODS[config.merge_method].kind
+    named = shared_values(config, "others")
+    return tuple(dict.fromkeys([own, *(word for word in named if word in get_args(Kind))]))
+
+
+def _prior(
+    config: MergeConfiguration,
+    content: Mapping[str, Any],
+    listed: Sequence[ModelReference],
+    *,
+    where: str,
+) -> RecipeModel | None:
+    """Return base_model, if its Fisher is a prior and it is none of the models."""
+    given = config.parameters or {}
+    base, sidecar = config.base_model, given.get("prior_sidecar")
+    if base is None or base in listed or not any(shared_values(config, "prior")):
+        return None
+    calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
+    return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)
+
+
+def _misplaced(
+    content: Mapping[str, Any], entries: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
+    """Say which of our keys stand beside `parameters` and not under it: mergekit drops them."""
+    keys = (*MODEL_KEYS, "exclude", *METHODS[content["merge_method"]].keys)
+    return [
+        f"{key!r} of {where} has no effect there; write it under `parameters:`."
+        for where, block in [("the recipe", content), *entries]
+        for key in keys
+        if key in block
+    ]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}.") from None
+    except yaml.composer.ComposerError:
+        raise RecipeError(
+            f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
+            "one: mergekit-fisher precompute --model MODEL --path DATA --text COLUMN"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path} is not a recipe: expected a mapping with merge_method and models."
+        )
+    return content
+
+
+def parse_config(content: Mapping[str, Any], *, where: str) -> MergeConfiguration:
+    """Parse mergekit's part of a recipe.
+
+    Raises:
+        RecipeError: what mergekit says is wrong with it.
+    """
+    try:
+        return MergeConfiguration.model_validate(content)
+    except ValidationError as error:
+        lines = dict.fromkeys(map(_complaint, error.errors()))
+        raise RecipeError(f"{where} is not a mergekit recipe:\n  " + "\n  ".join(lines)) from None
+    except RuntimeError as error:
+        raise RecipeError(f"{where} is not a mergekit recipe: {error}.") from None
+
+
+def _complaint(error: Any) -> str:
+    """Return one line of what pydantic says; of a parameter it says it once a possible type."""
+    place = error["loc"]
+    if "parameters" not in place[:-1]:
+        return f"{'.'.join(map(str, place))}: {error['msg']}"
+    place = place[: place.index("parameters") + 2]
+    return (
+        f"{'.'.join(map(str, place))}: expected a number, a word, true or false, a list of them, "
+        "or a list of filters with values"
+    )
