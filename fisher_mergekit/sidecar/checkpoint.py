@@ -59,15 +59,14 @@ class TensorInfo:
         """Return a digest of dtype, shape and (of large tensors, sampled) bytes."""
         hasher = xxhash.xxh3_128(f"{self.dtype} {list(self.shape)}".encode())
         size = self.stop - self.start
-        with self.file.open("rb") as file:
+        with self.file.open("rb", buffering=0) as file:  # a buffer would read more than is asked
             if size <= DIGEST_WHOLE:
-                file.seek(self.start)
-                hasher.update(file.read(size))
+                hasher.update(os.pread(file.fileno(), size, self.start))
             else:
                 last = size - DIGEST_BLOCK
                 for block in range(DIGEST_BLOCKS):
-                    file.seek(self.start + last * block // (DIGEST_BLOCKS - 1))
-                    hasher.update(file.read(DIGEST_BLOCK))
+                    offset = self.start + last * block // (DIGEST_BLOCKS - 1)
+                    hasher.update(os.pread(file.fileno(), DIGEST_BLOCK, offset))
         return hasher.hexdigest()
 
 
