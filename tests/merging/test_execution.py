@@ -331,7 +331,7 @@ def test_by_the_command(recipes, tmp_path):
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump(recipe))
     flags = (
-        "-j", "1", "--low-cpu-memory", "--read-to-gpu", "--lazy-unpickle", "--async-write",
+        "-j", "2", "--low-cpu-memory", "--read-to-gpu", "--lazy-unpickle", "--async-write",
         "--write-threads", "2", "--clone-tensors", "--out-shard-size", "1K", "--random-seed", "3",
         "--no-copy-tokenizer", "--allow-crimes", "--quiet", "-v",
     )  # fmt: skip
