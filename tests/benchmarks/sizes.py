@@ -3,7 +3,7 @@
     python tests/benchmarks/sizes.py
 
 Models of Llama's architecture and their Fishers, random numbers in one dtype each, are merged by
-mergekit's own code, every merge in a process of its own that has imported everything before. There
+mergekit's own code, every merge in a process of its own that begins with everything imported. There
 are two models of each size; of four and eight the others are hard links to those two, so that they
 need no room. Linear and Fisher take turns, and of each the fastest round counts.
 
@@ -33,6 +33,9 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +44,8 @@ from fisher_mergekit.sidecar.header import Measurement, ModelIdentity, Settings,
 from fisher_mergekit.sidecar.writer import describe, write_sidecar
 
 METHODS = ("linear", "fisher")
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["__main__", "fisher_mergekit.merging.planner"])
 MIB = 1 << 20
 
 
@@ -140,9 +145,7 @@ def make_all(size: Size, folder: Path, count: int) -> list[Path]:
     for number, model in enumerate(models):
         if number < 2:
             # In a process of its own, which gives its memory back.
-            process = multiprocessing.get_context("spawn").Process(
-                target=make, args=(size, model, number)
-            )
+            process = PROCESSES.Process(target=make, args=(size, model, number))
             process.start()
             process.join()
             if process.exitcode:
@@ -206,10 +209,9 @@ class Merge:
 
 def merge_alone(models: Sequence[Path], method: str, out: Path, options: Any) -> Merge:
     """Merge in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
+    ours, theirs = PROCESSES.Pipe(duplex=False)
     given = (theirs, models, method, out, options.threads, options.shard)
-    process = context.Process(target=_merge, args=given)
+    process = PROCESSES.Process(target=_merge, args=given)
     os.sync()  # what an earlier merge has written
     process.start()
     theirs.close()
@@ -225,15 +227,7 @@ def merge_alone(models: Sequence[Path], method: str, out: Path, options: Any) ->
 def _merge(
     pipe: Any, models: Sequence[Path], method: str, out: Path, threads: int, shard: int
 ) -> None:
-    import mergekit.plan  # noqa: F401
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    import fisher_mergekit.merging.planner  # noqa: F401
-
     transformers.logging.set_verbosity_error()
-    LlamaForCausalLM.config_class  # noqa: B018 - is imported when it is first looked at
     torch.set_num_threads(threads)
     weight = "weight" if method == "linear" else "lambda"
     dtype = LlamaConfig.from_pretrained(models[0]).dtype
