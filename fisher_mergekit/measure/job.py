@@ -11,7 +11,7 @@ import xxhash
 from fisher_mergekit.errors import MeasureError, SidecarError
 from fisher_mergekit.measure.adapter import ADAPTER_STEM
 from fisher_mergekit.measure.calibration import DEFAULT_EXAMPLES
-from fisher_mergekit.measure.kinds import need_gradients
+from fisher_mergekit.measure.measured import need_gradients
 from fisher_mergekit.measure.sources.optimizer import identify
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint

@@ -22,21 +22,14 @@ from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.factors import Factors
 from fisher_mergekit.measure.images import read_image_processor
 from fisher_mergekit.measure.job import Job, source_of
-from fisher_mergekit.measure.kinds import (
-    INPUTS,
-    OUTPUTS,
-    SQUARES,
-    Measured,
-    kind_for,
-    need_gradients,
-    needs_of,
-)
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
+from fisher_mergekit.measure.measured import Measured, need_gradients, needs_of
 from fisher_mergekit.measure.session import Session
 from fisher_mergekit.measure.sources.adam import PreparedState
 from fisher_mergekit.measure.sources.adam import measure as from_state
 from fisher_mergekit.measure.sources.adam import prepare as prepare_state
+from fisher_mergekit.measure.stored import stored
 from fisher_mergekit.measure.subject import (
     Subject,
     check_tensors,
@@ -45,6 +38,7 @@ from fisher_mergekit.measure.subject import (
     read_tokenizer,
 )
 from fisher_mergekit.measure.units import unit_for
+from fisher_mergekit.precision.statistics import INPUTS, OUTPUTS, SQUARES
 from fisher_mergekit.sidecar.header import NONE, Header, Measurement, ModelIdentity, Settings
 from fisher_mergekit.sidecar.writer import check_writable, describe, write_sidecar
 
@@ -160,7 +154,7 @@ def _write(job: Job, kind: str, measured: Measured, seconds: float) -> Header:
     if not need_gradients([kind]):
         none = dict.fromkeys(("estimator", "unit", "likelihood"), NONE)
         settings = settings.model_copy(update={**none, "mask_prompt": False})
-    found = kind_for(kind).stored(measured)
+    found = stored(kind, measured)
     dtype = getattr(torch, job.calibration.sidecar_dtype)
     tensors = {name: found.tensors.pop(name).to(dtype) for name in sorted(found.tensors)}
     records = subject.weight_records()

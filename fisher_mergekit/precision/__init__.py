@@ -5,8 +5,8 @@ with mean θᵢ and precision matrix Cᵢ; λᵢ says how much model i counts. T
 
     (Σᵢ λᵢ Cᵢ) θ = Σᵢ λᵢ Cᵢ θᵢ                                            `equation.py`
 
-A *kind* is a choice of Cᵢ and one file here, found by its name. It defines `system`, which makes
-Σᵢ λᵢ Cᵢ of what was measured; nothing else differs.
+A *kind* is a choice of Cᵢ and one file here, found by its name. It defines `STATISTICS`, what has
+to be measured of each model, and `system`, which makes Σᵢ λᵢ Cᵢ of that; nothing else differs.
 
 | kind       | Cᵢ of a matrix W `[o, i]` | measured of each model         | solved by           |
 |------------|---------------------------|--------------------------------|---------------------|
@@ -18,6 +18,7 @@ A *kind* is a choice of Cᵢ and one file here, found by its name. It defines `s
 |            |                           | gradients                      |                     |
 
     equation.py    the equation, for every kind
+    statistics.py  what can be measured for one
     diagonal.py    weighted means: the solution for a diagonal Cᵢ
     kronecker.py   factors A and B, and the inverse of their sums
     iterative.py   conjugate gradients
@@ -34,13 +35,20 @@ from torch import Tensor
 
 from fisher_mergekit.precision.equation import System
 from fisher_mergekit.precision.equation import solve as _solve
+from fisher_mergekit.precision.statistics import Statistics
 
 Precision = tuple[Tensor, ...]
 """What was measured of one tensor of one model: nothing, a Fisher, or one or two factors."""
 
 
 class Kind(Protocol):
-    """What a file of a kind defines."""
+    """What a file of a kind defines.
+
+    Attributes:
+        STATISTICS: what is measured for it, if anything is.
+    """
+
+    STATISTICS: Statistics
 
     def system(
         self, precisions: Sequence[Precision], lambdas: Sequence[float], **options: Any

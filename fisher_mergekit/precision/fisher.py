@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from fisher_mergekit.precision.diagonal import Elementwise, Weight, relative
+from fisher_mergekit.precision.statistics import Statistics
+
+STATISTICS = Statistics(squares=True)
 
 FLOOR = 1e-6
 """Default floor, relative to the root mean square of a Fisher over the merged parameters."""

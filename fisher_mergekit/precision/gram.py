@@ -33,6 +33,10 @@ from fisher_mergekit.precision.kronecker import (
     times,
     weighted_sum,
 )
+from fisher_mergekit.precision.statistics import Statistics
+
+STATISTICS = Statistics(inputs="examples")
+"""The paper's sum differs by the number of examples, which would weigh a model against another."""
 
 OFFDIAGONAL = 0.9
 """Default factor of the off-diagonals, as most merges with RegMean have it."""

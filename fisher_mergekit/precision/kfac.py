@@ -37,6 +37,13 @@ from fisher_mergekit.precision.kronecker import (
     size,
     times,
 )
+from fisher_mergekit.precision.statistics import Statistics
+
+STATISTICS = Statistics(inputs="rows", outputs=True)
+"""A weight's gradient is a sum over rows of g xᵀ. As if g and x were independent, and rows too,
+
+    mean over examples of Σ (x xᵀ) ⊗ (g gᵀ)  ≈  (mean over rows of x xᵀ) ⊗ (Σ g gᵀ / examples)
+"""
 
 OFFDIAGONAL = 0.9
 """Default factor of the off-diagonals. The paper has 1; what few rows say of how inputs go together

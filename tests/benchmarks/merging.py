@@ -30,7 +30,8 @@ from measuring import cells
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cases import Case
-from fisher_mergekit.measure.kinds import Measured, kind_for
+from fisher_mergekit.measure.measured import Measured
+from fisher_mergekit.measure.stored import stored
 from fisher_mergekit.measure.subject import load_subject
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Measurement, ModelIdentity, Settings
@@ -148,16 +149,16 @@ def make(shape: Shape, folder: Path, seed: int, kinds: Sequence[str]) -> None:
     records = subject.weight_records()
     identity = ModelIdentity(reference=str(folder), architecture=subject.architecture)
     for kind in kinds:
-        stored = kind_for(kind).stored(measured)
+        found = stored(kind, measured)
         measurement = Measurement(
             settings=settings,
             calibration={},
-            weights={name: records[name] for name in stored.weights},
-            tensors=describe(stored.tensors, stored.matrices),
-            factors=stored.factors,
-            unmeasured=stored.undescribed,
+            weights={name: records[name] for name in found.weights},
+            tensors=describe(found.tensors, found.matrices),
+            factors=found.factors,
+            unmeasured=found.undescribed,
         )
-        write_sidecar(folder / "sidecar", kind, identity, measurement, stored.tensors)
+        write_sidecar(folder / "sidecar", kind, identity, measurement, found.tensors)
 
 
 def files(models: Sequence[Path], method: str) -> list[Checkpoint]:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fisher_mergekit.measure.batches import collate
-from fisher_mergekit.measure.kinds import Measured, kind_for, needs_of
+from fisher_mergekit.measure.measured import Measured, needs_of
+from fisher_mergekit.measure.stored import stored
 from fisher_mergekit.sidecar.header import Settings
 from fisher_mergekit.sidecar.layout import Group
 
@@ -130,10 +131,10 @@ def test_the_last_kind_that_is_written_takes_the_sums_themselves(model, examples
     rows = {group.leader: group.rows for group in session.factors.groups.values()}
     for place, kind in enumerate(kinds, start=1):
         measured.later = needs_of(kinds[place:])
-        stored = []
-        most = peak(lambda kind=kind, stored=stored: stored.append(kind_for(kind).stored(measured)))
+        written = []
+        most = peak(lambda kind=kind, to=written: to.append(stored(kind, measured)))
         assert most <= (BUFFER if place == len(kinds) else grams(model) + BUFFER)
-        (found,) = stored
+        (found,) = written
         for parameter, name in session.factors.parameters.items():
             group = session.factors.groups.get(parameter)
             if group is None:

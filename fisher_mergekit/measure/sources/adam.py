@@ -20,9 +20,9 @@ import torch
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.job import Job, check_state_kinds
-from fisher_mergekit.measure.kinds import Measured
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
+from fisher_mergekit.measure.measured import Measured
 from fisher_mergekit.measure.sources.optimizer import AdamState, Moment, find_state, read_state
 from fisher_mergekit.measure.sources.order import assign
 from fisher_mergekit.measure.subject import Subject, check_tensors, load_subject, read_config

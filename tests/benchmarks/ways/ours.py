@@ -11,9 +11,10 @@ from torch import Tensor
 from cases import Case
 from fisher_mergekit.measure.estimators import estimator_for
 from fisher_mergekit.measure.factors import Factors
-from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, SQUARES, needs_of
 from fisher_mergekit.measure.likelihoods import likelihood_for
+from fisher_mergekit.measure.measured import needs_of
 from fisher_mergekit.measure.session import Session
+from fisher_mergekit.precision.statistics import INPUTS, OUTPUTS, SQUARES
 from ways.base import Way, names
 
 

@@ -1,34 +1,63 @@
-"""What kinds of linear layers have in common: a model's factors, by the names in its files."""
+"""What a sidecar holds of a kind: what was measured for it, by the names in the model's files."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fisher_mergekit.measure.dividing import Part, divided
 from fisher_mergekit.measure.factors import Factors
-from fisher_mergekit.measure.groups import Group
-from fisher_mergekit.measure.kinds import INPUTS, OUTPUTS, Measured, Stored
+from fisher_mergekit.measure.measured import Measured
+from fisher_mergekit.precision import kind_for
+from fisher_mergekit.precision.statistics import INPUTS, OUTPUTS, Statistics
 from fisher_mergekit.sidecar.header import NOT_DESCRIBED
 from fisher_mergekit.sidecar.header import Factors as FactorNames
 
-Divisor = Callable[[Group], Tensor | float]
-"""What sums of inputs are divided by; of experts `[e]`."""
+
+@dataclass
+class Stored:
+    """What a sidecar holds of one kind.
+
+    Attributes:
+        tensors: by the names under which they are stored, on the CPU.
+        matrices: names of those that are symmetric matrices.
+        weights: the weights in the files that they describe.
+        factors: by weight, which tensors are its factors; empty for a tensor a weight.
+        undescribed: other weights in the files, and why nothing is stored of them.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    matrices: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    factors: dict[str, FactorNames] = field(default_factory=dict)
+    undescribed: dict[str, str] = field(default_factory=dict)
 
 
-def described(kind: str, measured: Measured, divisor: Divisor, *, outputs: bool = False) -> Stored:
+def stored(kind: str, measured: Measured) -> Stored:
+    """Return what is written, in float32; what no later kind needs may be taken out."""
+    statistics = kind_for(kind).STATISTICS
+    return _squares(measured) if statistics.squares else _factors(kind, measured, statistics)
+
+
+def _squares(measured: Measured) -> Stored:
+    """Return the squares under the names, and in the shapes, that the files have."""
+    on_disk = measured.subject.on_disk(measured.squares)
+    tensors = {name: tensor.to("cpu") for name, tensor in on_disk}
+    return Stored(tensors, weights=list(tensors))
+
+
+def _factors(kind: str, measured: Measured, statistics: Statistics) -> Stored:
     """Return the factors of every weight in the files that linear layers have.
 
-    Args:
-        divisor: makes a stored input factor of a group's sums.
-        outputs: whether output factors are stored too, as means over examples.
+    An input factor is stored once for all weights that share it.
     """
     assert measured.factors is not None
     parameters = dict(measured.subject.model.named_parameters(remove_duplicate=False))
-    factors, means = measured.factors, _Means(measured, parameters, divisor)
+    factors, means = measured.factors, _Means(measured, parameters, statistics)
     names: dict[object, str] = {}
     found = Stored()
 
@@ -60,7 +89,7 @@ def described(kind: str, measured: Measured, divisor: Divisor, *, outputs: bool 
             name = f"{source}.inputs"
             name = store(name, own, part, total, axis, is_matrix=not use.is_lookup)
             record = FactorNames(inputs=name, input_axis=-1 if part.axis(axis) == -1 else -2)
-            if outputs:
+            if statistics.outputs:
                 total, axis = means.outputs(parameter), -3 - use.axis
                 name, is_matrix = f"{source}.outputs", total.dim() == parameter.dim()
                 name = store(name, parameter, part, total, axis, is_matrix=is_matrix)
@@ -82,12 +111,12 @@ class _Means:
     """
 
     def __init__(
-        self, measured: Measured, parameters: Mapping[str, nn.Parameter], divisor: Divisor
+        self, measured: Measured, parameters: Mapping[str, nn.Parameter], statistics: Statistics
     ):
         assert measured.factors is not None
         self._factors: Factors = measured.factors
         self._measured = measured
-        self._divisor = divisor
+        self._over = statistics.inputs
         groups = self._factors.groups
         self.available = {p for p, group in groups.items() if group.total is not None}
         self._made: dict[object, Tensor] = {}
@@ -100,12 +129,12 @@ class _Means:
         group = self._factors.groups[parameter]
         if group not in self._made:
             assert group.total is not None
-            divisor = self._divisor(group)
-            if isinstance(divisor, Tensor):
-                divisor = divisor.to(group.total.device, group.total.dtype)
-                divisor = divisor.reshape(
-                    *divisor.shape, *[1] * (group.total.dim() - divisor.dim())
-                )
+            divisor: Tensor | float = self._measured.examples
+            if self._over == "rows":
+                assert group.rows is not None
+                # An expert that got none has zeros to divide.
+                rows = group.rows.clamp_min(1).to(group.total.device, group.total.dtype)
+                divisor = rows.reshape(*rows.shape, *[1] * (group.total.dim() - rows.dim()))
             self._made[group] = self._mean(group.total, divisor, INPUTS)
             if INPUTS not in self._measured.later:
                 group.total = None
