@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fisher_mergekit.errors import RecipeError, nearest
+from fisher_mergekit.methods import METHODS
 
 
 def _no_boolean(value: object) -> object:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 else:
     Estimator = _names("estimators")
     Unit = _names("units")
-    Kind = _names("kinds")
+    Kind = Literal[tuple(sorted({method.kind for method in METHODS.values()}))]
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 """What transformers can compute attention with; which of them, depends on the model."""
