@@ -144,9 +144,10 @@ def devices(monkeypatch):
 
     def patient(self, *args, **kwargs):
         # mergekit 0.1.5 ends the thread that collects results without asking whether any are left
-        # over, which is a matter of luck with tasks as small as these.
+        # over, which is a matter of luck with tasks as small as these. Where another thread has
+        # failed it is ended already, and nobody collects them.
         work(self, *args, **kwargs)
-        while not self.task_completion_queue.empty():
+        while not (self.done_event.is_set() or self.task_completion_queue.empty()):
             time.sleep(1e-3)
 
     monkeypatch.setattr(multigpu_executor.MultiGPUExecutor, "_device_worker", patient)
