@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from mergekit.architecture import ModelArchitecture
+from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 
 from fisher_mergekit.errors import CheckpointError, some
@@ -55,7 +55,7 @@ def configuration(slots: Sequence[Slot], architecture: ModelArchitecture, config
 def left_out(
     files: ModelFiles,
     names: Iterable[str],
-    architecture: ModelArchitecture,
+    weights: Iterable[WeightInfo],
     output_config: Any,
 ) -> list[str]:
     """Check that mergekit knows every parameter of a model that is built like the output.
@@ -66,11 +66,11 @@ def left_out(
     Args:
         files: the model's.
         names: the model's measured parameters, by their names in its files.
-        architecture: mergekit's description of the models.
+        weights: mergekit's description of the model.
         output_config: the output's `transformers` configuration.
     """
     known: set[str] = set()
-    for weight in architecture.all_weights(files.config):
+    for weight in weights:
         known |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
         stored = files.find(weight)
         known |= {part.name for part in stored.parts} if stored is not None else set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from mergekit.architecture import arch_info_for_config
+from mergekit.architecture import WeightInfo, arch_info_for_config
 from mergekit.config import MergeConfiguration
 from mergekit.plan import MergePlanner
 
@@ -27,11 +27,12 @@ from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.pieces import with_pieces
 from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
-from fisher_mergekit.merging.slots import Slot, part_names
+from fisher_mergekit.merging.slots import Slot, by_model, part_names
 from fisher_mergekit.merging.walk import is_sliced, record_walk
 from fisher_mergekit.merging.ways import PRIOR_KIND, Decision, choose, kinds_needed, scales_of
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import exclude_patterns
+from fisher_mergekit.sidecar.layout import text_of
 
 LOG = logging.getLogger(__name__)
 
@@ -107,17 +108,19 @@ def describe_by_output(planner: MergePlanner) -> None:
 def left_out(planner: MergePlanner, decision: Decision, files: Files) -> list[str]:
     """Say which measured parameters mergekit would leave out of the merge."""
     kind = METHODS[planner.config.merge_method].kind
-    return [
-        problem
-        for (model, of), sidecar in decision.opened.items()
-        if of == kind
-        for problem in output.left_out(
-            files[model],
-            sidecars.parameters(sidecar),
-            planner.arch_info,
-            planner.out_model_config,
-        )
-    ]
+    known: dict[str, list[WeightInfo]] = {}  # most models are built alike, and it takes a while
+    problems = []
+    for (model, of), sidecar in decision.opened.items():
+        if of == kind:
+            config = files[model].config
+            text = text_of(config)
+            if text not in known:
+                known[text] = planner.arch_info.all_weights(config)
+            measured = sidecars.parameters(sidecar)
+            problems += output.left_out(
+                files[model], measured, known[text], planner.out_model_config
+            )
+    return problems
 
 
 def warn_of_head(
@@ -155,10 +158,8 @@ def decide(
     remedies = Remedies(given)
     kinds = kinds_needed(method, resolved)
     counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
-    names = {
-        model: part_names(x for slot in merged for x in slot.sources if x.model == model)
-        for model in counting
-    }
+    sources = by_model(source for slot in merged for source in slot.sources)
+    names = {model: part_names(sources[model]) for model in counting}
     opened = problems.of(sidecars.open_all(names, kinds, files, remedies))
     bases = problems.of(priors.base_sources(merged, resolved, config, files))
     if bases:

@@ -136,6 +136,14 @@ def find_slots(
     return [slot for slot in found if slot is not None]
 
 
+def by_model(sources: Iterable[Source]) -> dict[ModelReference, list[Source]]:
+    """Return each model's sources."""
+    found: dict[ModelReference, list[Source]] = {}
+    for source in sources:
+        found.setdefault(source.model, []).append(source)
+    return found
+
+
 def part_names(sources: Iterable[Source]) -> list[str]:
     """Return the tensors in a model's files of which its sources are made, each once."""
     return list(dict.fromkeys(part.name for source in sources for part in source.tensor.parts))

@@ -17,7 +17,7 @@ from fisher_mergekit.errors import some
 from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.sidecars import squared_norm
-from fisher_mergekit.merging.slots import Slot, Source, part_names
+from fisher_mergekit.merging.slots import Slot, Source, by_model, part_names
 from fisher_mergekit.methods import EMBEDDINGS, OTHERS, Method
 from fisher_mergekit.precision.fisher import root_mean_square
 from fisher_mergekit.sidecar.header import Factors
@@ -171,14 +171,17 @@ def scales_of(
     made of them. It is 1 for a sidecar that describes nothing of what is merged.
     """
     scales = {}
-    for (model, kind), sidecar in opened.items():
-        sources = [
+    all_sources = {
+        kind: by_model(
             source
             for slot in merged
             if any(of == kind for _, of in ways[slot.name].keys)
             for source in (ways[slot.name].sources[-1:] if kind == PRIOR_KIND else slot.sources)
-            if source.model == model
-        ]
+        )
+        for _, kind in opened
+    }
+    for (model, kind), sidecar in opened.items():
+        sources = all_sources[kind].get(model, [])
         measured = [name for name in part_names(sources) if name in sidecar.weights]
         twins = {s.tensor.name: s.weight.tied_names or () for s in sources}
         once = [n for n in measured if not _is_again(sidecar, n, twins.get(n, ()), measured)]

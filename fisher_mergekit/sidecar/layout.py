@@ -13,11 +13,14 @@ every number has to arrive once.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from copy import copy, deepcopy
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -37,17 +40,38 @@ def skeleton(config: Any, architecture: str) -> nn.Module | None:
     """Return the model that a configuration describes, without memory for its parameters.
 
     Returns:
-        The model on the meta device, or None if transformers has no such class: remote code is not
-        run before it has to be.
+        The model on the meta device, to look at only: it is the same for equal configurations, as
+        those of most models that are merged are. None if transformers has no such class: remote
+        code is not run before it has to be.
 
     Raises:
         CheckpointError: a configuration that describes no model.
     """
     if not hasattr(transformers, architecture):
         return None
+    return _built(_Description(architecture, text_of(config), config))
+
+
+def text_of(config: Any) -> str:
+    """Return all that a configuration says, without whose it is: equal for models built alike."""
+    said = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    return json.dumps(said, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What makes two skeletons equal; and the configuration that says so."""
+
+    architecture: str
+    text: str
+    config: Any = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _built(description: _Description) -> nn.Module:
+    config, architecture = deepcopy(description.config), description.architecture
     if isinstance(getattr(config, "dtype", None), str):
         # mergekit writes its name into a configuration that it has loaded; some models use it.
-        config = copy(config)
         config.dtype = getattr(torch, config.dtype)
     try:
         with torch.device("meta"), no_init_weights():  # initial values would take half the time
@@ -59,6 +83,16 @@ def skeleton(config: Any, architecture: str) -> nn.Module | None:
         ) from None
     model: nn.Module = built
     return model
+
+
+_conversions: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _conversions_of(model: nn.Module) -> list[Any]:
+    """Return what transformers changes while loading a model; many patterns are compiled."""
+    if model not in _conversions:
+        _conversions[model] = get_model_conversion_mapping(model)
+    return _conversions[model]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +208,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, files: Mapping[str, TensorInfo]):
-        transforms = get_model_conversion_mapping(model)
+        transforms = _conversions_of(model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = getattr(model, "base_model_prefix", "")
