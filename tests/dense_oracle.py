@@ -24,6 +24,13 @@ def shrunk(gram: Tensor, offdiagonal: float) -> Tensor:
     return offdiagonal * matrix + (1 - offdiagonal) * torch.diag(matrix.diag())
 
 
+def rounded(factor: Tensor, offdiagonal: float) -> Tensor:
+    """Return a factor with smaller off-diagonals, in its own dtype."""
+    if factor.ndim == 1 or factor.shape[-1] == 1:
+        return factor
+    return torch.where(torch.eye(len(factor)) > 0, factor, factor * offdiagonal)
+
+
 def identity(shape, precision, lam, **_) -> Tensor:
     return lam * torch.eye(shape.numel(), dtype=torch.float64)
 
@@ -38,7 +45,8 @@ def gram(shape, precision, lam, *, offdiagonal=0.9) -> Tensor:
 
 
 def kfac(shape, precision, lam, *, scale=1.0, offdiagonal=0.9) -> Tensor:
-    inputs, outputs = (shrunk(factor, offdiagonal) for factor in precision)
+    # In the factors' own dtype: their rounding is that of the measurement.
+    inputs, outputs = (as_matrix(rounded(f, offdiagonal)) for f in precision)
     return lam / scale * torch.kron(outputs, inputs)
 
 

@@ -11,8 +11,8 @@ that stay in cache, and each weight is formed there once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,32 +75,46 @@ class Weight:
 
     Attributes:
         constant: the same for all elements.
-        terms: tensors, of one shape or a part of it, and their factors.
+        terms: tensors, of the theta's shape, and their factors.
     """
 
     constant: float
     terms: tuple[tuple[Tensor, float], ...] = ()
 
-    def __add__(self, other: Weight) -> Weight:
-        return Weight(self.constant + other.constant, self.terms + other.terms)
 
-    def formed(self, memory: Tensor) -> float | Tensor:
-        """Return a number, or the tensor, written where there is memory for it.
+class Former:
+    """Forms a weight, block by block.
 
-        float32 may be unable to hold a factor, such as the inverse of a Fisher's scale of 1e-39,
-        when it can hold the product. A power of two is taken out first; multiplying by that is
-        exact.
-        """
-        if not self.terms:
-            return self.constant
-        memory.fill_(self.constant)
-        for x, factor in self.terms:
+    float32 may be unable to hold a factor, such as the inverse of a Fisher's scale of 1e-39, when
+    it can hold the product. A power of two is taken out first; multiplying by that is exact.
+
+    Args:
+        weight: what is formed.
+        split: makes the blocks of a tensor.
+        memory: of the dtype and device that is computed in.
+    """
+
+    def __init__(self, weight: Weight, split: Callable[[Tensor], Sequence[Tensor]], memory: Tensor):
+        self._constant = weight.constant
+        # Not a scalar, whose dtype would not count.
+        self._start = memory.new_full((1,), weight.constant)
+        self._terms: list[tuple[Sequence[Tensor], float, float]] = []
+        for x, factor in weight.terms:
             exponent = math.frexp(factor)[1]
-            if abs(exponent) >= 100:
-                power = math.ldexp(1.0, exponent // 2)
-                x, factor = x.to(memory.dtype) * power, factor / power
-            memory.add_(x, alpha=factor)
-        return memory
+            power = math.ldexp(1.0, exponent // 2) if abs(exponent) >= 100 else 1.0
+            self._terms.append((split(x), factor / power, power))
+
+    def formed(self, number: int, memory: Tensor) -> float | Tensor:
+        """Return a number, or a block of the tensor, written where there is memory for it."""
+        if not self._terms:
+            return self._constant
+        found = self._start
+        for blocks, factor, power in self._terms:
+            x = blocks[number]
+            if power != 1:
+                x = x.to(memory.dtype) * power
+            found = torch.add(found, x, alpha=factor, out=memory)
+        return found
 
 
 @dataclass(frozen=True)
@@ -127,43 +141,52 @@ class Elementwise:
     def equations(self, result: Tensor, dtype: torch.dtype) -> Iterator[Block]:
         """Yield one for each block; all of them use the same memory, one after the other."""
         blocks = self.split(result)
-        parts = {x: self.split(x) for w in self.weights.values() for x, _ in w.terms}
         memory = result.new_empty((4, len(blocks[0]) if blocks else 0), dtype=dtype)
+        formers = {i: Former(weight, self.split, memory) for i, weight in self.weights.items()}
         for number, block in enumerate(blocks):
-            weights = {
-                i: replace(w, terms=tuple((parts[x][number], factor) for x, factor in w.terms))
-                for i, w in self.weights.items()
-            }
-            yield Block(weights, memory[:, : len(block)])
+            yield Block(formers, number, memory[:, : len(block)])
 
 
 class Block:
     """The equations of some elements.
 
     Args:
-        weights: all models' there.
+        formers: of all models' weights; the first one's counts from the start.
+        number: the block's.
         memory: `[4, elements]`, to compute in.
     """
 
-    def __init__(self, weights: Mapping[int, Weight], memory: Tensor):
-        self._weights = weights
-        total, self._weight, self._difference, self._right = memory
-        self._total = sum(weights.values(), Weight(0.0)).formed(total)
-        self._right.zero_()
-        self.is_regular = not isinstance(self._total, Tensor) or bool(self._total.amin() > 0)
+    starts_at_mean = False
+
+    def __init__(self, formers: Mapping[int, Former], number: int, memory: Tensor):
+        self._formers, self._number = formers, number
+        self._memory, self._weight, self._difference, self._product = memory
+        self._total = next(iter(formers.values())).formed(number, self._memory)
+        self._right: Tensor | None = None
 
     def add(self, index: int, theta: Tensor, reference: Tensor) -> None:
-        """Add Wᵢ (θᵢ − ρ) of one model to the right side."""
+        """Add Wᵢ of one model to the sum, and Wᵢ (θᵢ − ρ) to the right side."""
+        weight = self._formers[index].formed(self._number, self._weight)
+        if isinstance(self._total, Tensor) or isinstance(weight, Tensor):
+            self._total = torch.add(weight, self._total, out=self._memory)
+        else:
+            self._total += weight
         difference = torch.sub(theta, reference, out=self._difference)
-        weight = self._weights[index].formed(self._weight)
-        if isinstance(weight, Tensor):
+        if self._right is None:
+            self._right = torch.mul(difference, weight, out=self._product)
+        elif isinstance(weight, Tensor):
             self._right.addcmul_(weight, difference)
         else:
             self._right.add_(difference, alpha=weight)
 
-    def solve(self, name: str = "") -> Tensor:
-        """Return (Σ Wᵢ)⁻¹ times the right side, zero where all weights are."""
-        found: Tensor = self._right.div_(self._total)
-        if isinstance(self._total, Tensor) and not self.is_regular:
-            found.masked_fill_(self._total == 0, 0)
-        return found
+    def solve(self, reference: Tensor, out: Tensor, name: str = "") -> Tensor | None:
+        """Write ρ + (Σ Wᵢ)⁻¹ times the right side; return where all weights are 0, if anywhere."""
+        if self._right is None:
+            out.copy_(reference)
+        elif isinstance(self._total, Tensor):
+            torch.addcdiv(reference, self._right, self._total, out=out)
+        else:
+            torch.add(reference, self._right.div_(self._total), out=out)
+        if isinstance(self._total, Tensor) and not self._total.amin() > 0:
+            return self._total == 0
+        return None

@@ -24,21 +24,27 @@ class Equation(Protocol):
     """The equation of some elements of a tensor, which is put together model by model.
 
     Attributes:
-        is_regular: whether S has an inverse.
+        starts_at_mean: whether ρ is the λ-weighted mean. Otherwise it is the first model's theta,
+            and that model is not added.
     """
 
     @property
-    def is_regular(self) -> bool: ...  # noqa: D102
+    def starts_at_mean(self) -> bool: ...  # noqa: D102
 
     def add(self, index: int, theta: Tensor, reference: Tensor) -> None:
         """Add λᵢ Cᵢ (θᵢ − ρ) of one model to the right side."""
         ...
 
-    def solve(self, name: str = "") -> Tensor:
-        """Return S⁻¹ times the right side, zero where S has no inverse.
+    def solve(self, reference: Tensor, out: Tensor, name: str = "") -> Tensor | None:
+        """Write ρ + S⁻¹ times the right side, with zero for the inverse where S has none.
 
         Args:
+            reference: ρ.
+            out: what is written to, in whatever dtype.
             name: the tensor's, for the log.
+
+        Returns:
+            Where S has no inverse, `out`'s shape, if ρ is not the mean there and it matters.
         """
         ...
 
@@ -100,11 +106,13 @@ def solve(
     parts = (system.split(tensor) for tensor in (result, *(thetas[i] for i in present)))
     for equation, out, *own in zip(system.equations(result, working), *parts, strict=True):
         models = dict(zip(present, own, strict=True))
-        if equation.is_regular:
-            reference = models.pop(present[0]).to(working)
-        else:
+        if equation.starts_at_mean:
             reference = weighted_mean(own, weights, dtype=working)
+        else:
+            reference = models.pop(present[0]).to(working)
         for i, theta in models.items():
             equation.add(i, theta, reference)
-        torch.add(reference, equation.solve(name), out=out)
+        unseen = equation.solve(reference, out, name)
+        if unseen is not None:
+            out[unseen] = weighted_mean(own, weights, dtype=working)[unseen].to(out.dtype)
     return result

@@ -78,7 +78,7 @@ class OneSided:
 class Rows:
     """The equations of some rows."""
 
-    is_regular = False
+    starts_at_mean = True
 
     def __init__(self, system: OneSided):
         self._system = system
@@ -92,10 +92,10 @@ class Rows:
         product.mul_(system.lambdas[index])
         self._right = product if self._right is None else self._right.add_(product)
 
-    def solve(self, name: str = "") -> Tensor:
-        """Return the right side times (Σ λᵢ Aᵢ)⁻¹, zero in the directions that nobody saw."""
+    def solve(self, reference: Tensor, out: Tensor, name: str = "") -> None:
+        """Write ρ plus the right side times (Σ λᵢ Aᵢ)⁻¹, zero in directions that nobody saw."""
         assert self._right is not None
-        return self._system.inverse.times(self._right).mT
+        torch.add(reference, self._system.inverse.times(self._right).mT, out=out)
 
 
 def common(

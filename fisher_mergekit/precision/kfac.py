@@ -111,7 +111,7 @@ class TwoSided:
 class Whole:
     """The equation of a tensor."""
 
-    is_regular = False
+    starts_at_mean = True
 
     def __init__(self, system: TwoSided):
         self._system = system
@@ -124,10 +124,10 @@ class Whole:
         product.mul_(system.shares[index])
         self._right = product if self._right is None else self._right.add_(product)
 
-    def solve(self, name: str = "") -> Tensor:
-        """Return the solution, to the tolerance."""
+    def solve(self, reference: Tensor, out: Tensor, name: str = "") -> None:
+        """Write ρ plus the solution, to the tolerance."""
         assert self._right is not None
-        return self._system.inverse_times(self._right, name)
+        torch.add(reference, self._system.inverse_times(self._right, name), out=out)
 
 
 def _product(b: Tensor, x: Tensor, a: Tensor) -> Tensor:
