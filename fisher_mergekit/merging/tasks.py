@@ -31,6 +31,7 @@ from fisher_mergekit.errors import CheckpointError, SidecarError
 from fisher_mergekit.merging import files, sidecars
 from fisher_mergekit.merging.remedies import command_for
 from fisher_mergekit.precision import equation, kind_for, rows
+from fisher_mergekit.sidecar.checkpoint import read_ahead
 
 
 class Theta(Task[torch.Tensor]):
@@ -64,6 +65,8 @@ class LoadTheta(Theta):
     def execute(self, **_: Any) -> torch.Tensor:
         """Return the tensor as stored; mergekit's loader owns the memory."""
         loader = LoaderCache().get(self.model)
+        held = files.reopen(self.model)
+        read_ahead(held[name] for name in self.parts or (self.name,) if name in held)
 
         def load(name: str) -> torch.Tensor:
             tensor: torch.Tensor = loader.get_tensor(name, device=self.device or "cpu")
@@ -71,7 +74,7 @@ class LoadTheta(Theta):
 
         if not self.parts:
             return load(self.name)
-        return files.reopen(self.model).convert(self.name, {p: load(p) for p in self.parts})
+        return held.convert(self.name, {p: load(p) for p in self.parts})
 
     def priority(self) -> int:
         """Load late, as mergekit's LoadTensor: only when nothing else can be done."""

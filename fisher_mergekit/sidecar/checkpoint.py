@@ -7,10 +7,11 @@ library, tells a truncated, an empty and a pickle file apart and gives the byte 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,8 @@ DIGEST_BLOCKS = 64
 DIGEST_BLOCK = 4096
 """A tensor's digest covers all bytes up to `DIGEST_WHOLE`, and of a larger tensor `DIGEST_BLOCKS`
 evenly spaced blocks of `DIGEST_BLOCK` bytes: checking a 70B model must not mean reading it."""
+READ_AHEAD = 1 << 17
+"""Bytes that a system reads ahead at once, whatever more it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,45 @@ class TensorInfo:
     def digest(self) -> str:
         """Return a digest of dtype, shape and (of large tensors, sampled) bytes."""
         hasher = xxhash.xxh3_128(f"{self.dtype} {list(self.shape)}".encode())
-        size = self.stop - self.start
         with self.file.open("rb", buffering=0) as file:  # a buffer would read more than is asked
-            if size <= DIGEST_WHOLE:
-                hasher.update(os.pread(file.fileno(), size, self.start))
-            else:
-                last = size - DIGEST_BLOCK
-                for block in range(DIGEST_BLOCKS):
-                    offset = self.start + last * block // (DIGEST_BLOCKS - 1)
-                    hasher.update(os.pread(file.fileno(), DIGEST_BLOCK, offset))
+            for offset, size in self.samples():
+                hasher.update(os.pread(file.fileno(), size, offset))
         return hasher.hexdigest()
+
+    def samples(self) -> list[tuple[int, int]]:
+        """Return where in the file the bytes of the digest begin, and how many they are."""
+        size = self.stop - self.start
+        if size <= DIGEST_WHOLE:
+            return [(self.start, size)]
+        last = size - DIGEST_BLOCK
+        steps = DIGEST_BLOCKS - 1
+        return [
+            (self.start + last * block // steps, DIGEST_BLOCK) for block in range(DIGEST_BLOCKS)
+        ]
+
+
+def read_ahead(infos: Iterable[TensorInfo], *, samples: bool = False) -> None:
+    """Have the system begin to read tensors from the disk, where it takes such advice.
+
+    It reads many pieces at once then. Whoever asks for one after the other, or for a mapped file
+    page by page, waits for each of them.
+
+    Args:
+        infos: the tensors.
+        samples: of each only what its digest is made of.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    pieces: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        whole = [(info.start, info.stop - info.start)]
+        pieces.setdefault(info.file, []).extend(info.samples() if samples else whole)
+    for path, wanted in pieces.items():
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            for offset, size in wanted:
+                for start in range(offset, offset + size, READ_AHEAD):
+                    length = min(READ_AHEAD, offset + size - start)
+                    os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
 def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
@@ -194,6 +226,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Load one tensor as stored; KeyError if there is no such name."""
         info = self._infos[name]
+        read_ahead([info])
         if info.file not in self._open:
             self._open[info.file] = safe_open(info.file, framework="pt", device=device)
         tensor: torch.Tensor = self._open[info.file].get_tensor(name)

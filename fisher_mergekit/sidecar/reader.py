@@ -10,7 +10,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
-from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo
+from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo, read_ahead
 from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
 from fisher_mergekit.sidecar.location import FOLDER_NAME
 
@@ -138,11 +138,9 @@ class Sidecar(Mapping[str, TensorInfo]):
     def foreign(self, weights: Mapping[str, TensorInfo], names: Iterable[str]) -> list[str]:
         """Return the names whose weights are not the ones that were measured."""
         recorded = self.measurement.weights
-        return [
-            name
-            for name in names
-            if name in recorded and recorded[name].digest != weights[name].digest()
-        ]
+        known = [name for name in names if name in recorded]
+        read_ahead((weights[name] for name in known), samples=True)
+        return [name for name in known if recorded[name].digest != weights[name].digest()]
 
     def sum_of_squares(self, name: str) -> float:
         """Return the sum of squares of one measured tensor, from the header."""
