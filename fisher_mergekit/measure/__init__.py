@@ -13,6 +13,7 @@ The way of the data, one room each:
     layers/          a layer's inputs and output gradients -> what each example adds
     contributions.py … squared example by example, and summed
     session.py       the loop that joins them
+    stored.py        what was measured -> what a sidecar holds of a kind
     job.py           what is asked for, and whether it has been measured already
     precompute.py    a job -> its sidecar
 """

@@ -178,7 +178,7 @@ def scales_of(
             if any(of == kind for _, of in ways[slot.name].keys)
             for source in (ways[slot.name].sources[-1:] if kind == PRIOR_KIND else slot.sources)
         )
-        for _, kind in opened
+        for kind in dict.fromkeys(kind for _, kind in opened)
     }
     for (model, kind), sidecar in opened.items():
         sources = all_sources[kind].get(model, [])

@@ -6,7 +6,8 @@ with mean θᵢ and precision matrix Cᵢ; λᵢ says how much model i counts. T
     (Σᵢ λᵢ Cᵢ) θ = Σᵢ λᵢ Cᵢ θᵢ                                            `equation.py`
 
 A *kind* is a choice of Cᵢ and one file here, found by its name. It defines `STATISTICS`, what has
-to be measured of each model, and `system`, which makes Σᵢ λᵢ Cᵢ of that; nothing else differs.
+to be measured of each model, if it has a sidecar of its own, and `system`, which makes Σᵢ λᵢ Cᵢ of
+what was measured; nothing else differs.
 
 | kind       | Cᵢ of a matrix W `[o, i]` | measured of each model         | solved by           |
 |------------|---------------------------|--------------------------------|---------------------|
@@ -45,7 +46,7 @@ class Kind(Protocol):
     """What a file of a kind defines.
 
     Attributes:
-        STATISTICS: what is measured for it, if anything is.
+        STATISTICS: what its sidecar holds, if it has one of its own.
     """
 
     STATISTICS: Statistics

@@ -181,12 +181,11 @@ class Block:
 
     def solve(self, reference: Tensor, out: Tensor, name: str = "") -> Tensor | None:
         """Write ρ + (Σ Wᵢ)⁻¹ times the right side; return where all weights are 0, if anywhere."""
-        if self._right is None:
+        if self._right is None:  # one model alone
             out.copy_(reference)
-        elif isinstance(self._total, Tensor):
-            torch.addcdiv(reference, self._right, self._total, out=out)
-        else:
+            return None
+        if not isinstance(self._total, Tensor):
             torch.add(reference, self._right.div_(self._total), out=out)
-        if isinstance(self._total, Tensor) and not self._total.amin() > 0:
-            return self._total == 0
-        return None
+            return None
+        torch.addcdiv(reference, self._right, self._total, out=out)
+        return None if self._total.amin() > 0 else self._total == 0

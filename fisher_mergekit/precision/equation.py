@@ -6,7 +6,8 @@ What is solved for is the difference from a reference ρ,
 
 which is the same equation for any ρ. But where all models agree they come back unchanged. With the
 λ-weighted mean as ρ it stays in directions in which no model is sure of anything, and S has no
-inverse, because Δ is zero there. Where S has one any ρ will do, and the first theta is at hand.
+inverse, because Δ is zero there. Where S has one any ρ will do. So kinds with factors begin at the
+mean; diagonals at the first theta, which is at hand, and where nobody is sure the mean is put in.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Equation(Protocol):
         ...
 
     def solve(self, reference: Tensor, out: Tensor, name: str = "") -> Tensor | None:
-        """Write ρ + S⁻¹ times the right side, with zero for the inverse where S has none.
+        """Write ρ + S⁻¹ times the right side.
 
         Args:
             reference: ρ.
@@ -44,7 +45,8 @@ class Equation(Protocol):
             name: the tensor's, for the log.
 
         Returns:
-            Where S has no inverse, `out`'s shape, if ρ is not the mean there and it matters.
+            Where S has no inverse, `out`'s shape, if ρ is not the mean: what is written there
+            means nothing, and the mean takes its place. None if that is nowhere.
         """
         ...
 

@@ -10,7 +10,9 @@ SQUARES, INPUTS, OUTPUTS = "squares", "inputs", "outputs"
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is measured of each model: squares, or factors; means over the calibration data.
+    """What is measured of each model: squares, or inputs with or without outputs.
+
+    All are means over the calibration data.
 
     Attributes:
         squares: of each parameter the square of its gradient of log p(y|x), the mean over examples.
@@ -23,6 +25,10 @@ class Statistics:
     squares: bool = False
     inputs: Literal["examples", "rows"] | None = None
     outputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.squares == bool(self.inputs) or (self.outputs and not self.inputs):
+            raise ValueError("a sidecar holds squares, or inputs with or without outputs")
 
     @property
     def names(self) -> frozenset[str]:

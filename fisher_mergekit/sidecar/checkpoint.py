@@ -34,7 +34,7 @@ DIGEST_BLOCK = 4096
 """A tensor's digest covers all bytes up to `DIGEST_WHOLE`, and of a larger tensor `DIGEST_BLOCKS`
 evenly spaced blocks of `DIGEST_BLOCK` bytes: checking a 70B model must not mean reading it."""
 READ_AHEAD = 1 << 17
-"""Bytes that a system reads ahead at once, whatever more it is asked for."""
+"""Bytes that Linux may read ahead at once; it cuts longer advice down to its own limit."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def read_ahead(infos: Iterable[TensorInfo], *, samples: bool = False) -> None:
         return
     pieces: dict[Path, list[tuple[int, int]]] = {}
     for info in infos:
-        whole = [(info.start, info.stop - info.start)]
-        pieces.setdefault(info.file, []).extend(info.samples() if samples else whole)
+        own = info.samples() if samples else [(info.start, info.stop - info.start)]
+        pieces.setdefault(info.file, []).extend(own)
     for path, wanted in pieces.items():
         with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
             for offset, size in wanted:

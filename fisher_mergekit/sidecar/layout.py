@@ -17,10 +17,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -49,7 +47,10 @@ def skeleton(config: Any, architecture: str) -> nn.Module | None:
     """
     if not hasattr(transformers, architecture):
         return None
-    return _built(_Description(architecture, text_of(config), config))
+    key = architecture, text_of(config)
+    if key not in _skeletons:
+        _skeletons[key] = _build(deepcopy(config), architecture)
+    return _skeletons[key]
 
 
 def text_of(config: Any) -> str:
@@ -58,18 +59,10 @@ def text_of(config: Any) -> str:
     return json.dumps(said, sort_keys=True, default=str)
 
 
-@dataclass(frozen=True)
-class _Description:
-    """What makes two skeletons equal; and the configuration that says so."""
-
-    architecture: str
-    text: str
-    config: Any = field(compare=False)
+_skeletons: dict[tuple[str, str], nn.Module] = {}
 
 
-@lru_cache(maxsize=8)
-def _built(description: _Description) -> nn.Module:
-    config, architecture = deepcopy(description.config), description.architecture
+def _build(config: Any, architecture: str) -> nn.Module:
     if isinstance(getattr(config, "dtype", None), str):
         # mergekit writes its name into a configuration that it has loaded; some models use it.
         config.dtype = getattr(torch, config.dtype)
@@ -83,16 +76,6 @@ def _built(description: _Description) -> nn.Module:
         ) from None
     model: nn.Module = built
     return model
-
-
-_conversions: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-
-
-def _conversions_of(model: nn.Module) -> list[Any]:
-    """Return what transformers changes while loading a model; many patterns are compiled."""
-    if model not in _conversions:
-        _conversions[model] = get_model_conversion_mapping(model)
-    return _conversions[model]
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +191,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, files: Mapping[str, TensorInfo]):
-        transforms = _conversions_of(model)
+        transforms = get_model_conversion_mapping(model)  # anew: they remember what they changed
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = getattr(model, "base_model_prefix", "")
