@@ -24,6 +24,8 @@ from tiny import ROWS
 from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.sidecar.reader import Sidecar
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 QUERIES = {"target_modules": ["query", "value"]}
 
 

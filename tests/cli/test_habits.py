@@ -17,6 +17,8 @@ from tiny import CHAT_TEMPLATE, ROWS, save_model, write_rows
 
 from fisher_mergekit.cli import main
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 @pytest.fixture
 def data(tmp_path):

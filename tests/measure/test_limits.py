@@ -19,6 +19,8 @@ from fisher_mergekit.measure.batches import batches
 from fisher_mergekit.measure.layers import local
 from fisher_mergekit.measure.limits import GPU_TOKENS, Limit
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 CPU = torch.device("cpu")
 
 

@@ -31,6 +31,8 @@ from fisher_mergekit.errors import FisherMergekitError, PlanningError, SidecarEr
 from fisher_mergekit.merging import tasks
 from fisher_mergekit.merging.aligning import ABSENT, FirstRows, TokenRows
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 METHODS = {"fisher": "fisher", "gram": "regmean", "kfac": "mats"}
 
 

@@ -28,6 +28,8 @@ from safetensors.torch import load_file
 
 from fisher_mergekit.errors import PlanningError
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 SETTINGS = {"estimator": "sampled", "likelihood": "causal_lm", "max_length": 512}
 """As `precompute` measures a language model."""
 

@@ -14,6 +14,8 @@ from slicing import by_hand, piece, plan_of, sliced
 
 from fisher_mergekit.errors import PlanningError
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 class TestConfiguration:
     """What the output's configuration says of single layers follows them."""

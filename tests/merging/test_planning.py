@@ -12,6 +12,8 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, MergeTask
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 COUNTER = Path("/proc/self/io")
 LAYERS = 80
 TENSORS = LAYERS * 9 + 3

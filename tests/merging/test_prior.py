@@ -13,6 +13,8 @@ from running import assert_close, merged, mergekit_yaml, recipe_of
 
 from fisher_mergekit.errors import PlanningError
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 FLOOR = 1e-6
 
 

@@ -28,6 +28,7 @@ def speakers(tmp_path):
     return make_speakers(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_union_by_the_command(speakers, tmp_path):
     lambdas = [0.5, 0.3, 0.2]
     content = recipe(

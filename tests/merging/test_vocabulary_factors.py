@@ -20,6 +20,8 @@ from vocabulary_oracle import (
     tokens_of,
 )
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 METHODS = {"gram": "regmean", "kfac": "mats"}
 both_kinds = pytest.mark.parametrize("kind", list(METHODS))
 LAMBDAS = [0.5, 0.3, 0.2]

@@ -26,6 +26,8 @@ from fisher_mergekit.errors import PlanningError
 from fisher_mergekit.merging import vocabulary
 from fisher_mergekit.recipe import read_recipe
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 
 @pytest.fixture
 def speakers(tmp_path):
