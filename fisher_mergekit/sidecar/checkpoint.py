@@ -96,10 +96,20 @@ def read_ahead(infos: Iterable[TensorInfo], *, samples: bool = False) -> None:
         pieces.setdefault(info.file, []).extend(own)
     for path, wanted in pieces.items():
         with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            if _is_cached(file.fileno(), sum(wanted[-1]) - 1):
+                continue  # so most likely is the rest, and advice takes time, too
             for offset, size in wanted:
                 for start in range(offset, offset + size, READ_AHEAD):
                     length = min(READ_AHEAD, offset + size - start)
                     os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    """Whether the system has a byte of a file in memory, as far as it tells without reading it."""
+    try:
+        return bool(os.preadv(descriptor, [bytearray(1)], max(0, offset), os.RWF_NOWAIT))
+    except (AttributeError, OSError):
+        return False
 
 
 def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
