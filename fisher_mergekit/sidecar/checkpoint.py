@@ -149,7 +149,14 @@ def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
         }
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist.") from None
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file ({error}).") from error
     end = max((info.stop for info in infos.values()), default=begin)
     if end != size:
