@@ -69,7 +69,7 @@ class Problem:
 
 
 def sizes(generator, width):
-    """Return how large each input is: of different orders, in all models alike."""
+    """Return how large each input is: of different orders."""
     return 10.0 ** torch.randint(-2, 3, (width,), generator=generator)
 
 
@@ -95,9 +95,11 @@ def problem_of(kind, form, count, seed):
         precisions = [(x.exp(),) for x in 3 * torch.randn(shape, generator=generator)]
         options = {"scales": scales, "floor": 1e-3}
     elif kind == "gram":
-        size = sizes(generator, WIDTH)
-        precisions = [(factor(generator, WIDTH, form, size),) for _ in range(count)]
+        precisions = [
+            (factor(generator, WIDTH, form, sizes(generator, WIDTH)),) for _ in range(count)
+        ]
     else:
+        # In all models alike, as those of one network are: docs/equation.md says why.
         of_inputs, of_outputs = sizes(generator, WIDTH), sizes(generator, OUT)
         precisions = [
             (
