@@ -2,6 +2,8 @@
 
 Hestenes & Stiefel 1952 (J. Res. Natl. Bur. Stand. 49, 409), preconditioned. S is symmetric positive
 semidefinite and b in its range; directions in which S is zero are never taken.
+
+`conjugate_gradients` works in coordinates in which S is nearly diagonal, `refine` in any others.
 """
 
 from __future__ import annotations
@@ -33,6 +35,21 @@ _ROUNDS = 3
 """How often a damped system is solved for what is left: an error of 1e-3 becomes 1e-9."""
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What was found.
+
+    Attributes:
+        x: shaped like b.
+        inverse: D⁻¹ where S is more than noise, zero elsewhere.
+        iterations: how many it took.
+    """
+
+    x: Tensor
+    inverse: Tensor
+    iterations: int
+
+
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     right: Tensor,
@@ -42,8 +59,8 @@ def conjugate_gradients(
     tolerance: float,
     iterations: int,
     name: str = "",
-) -> Tensor:
-    """Return x with S x = b, to a relative residual of `tolerance`.
+) -> Solution:
+    """Find x with S x = b, to a relative residual of `tolerance`.
 
     S = D + N is preconditioned with its diagonal D, and so is the residual measured,
     √(rᵀ D⁻¹ r / bᵀ D⁻¹ b): an error in a direction counts by what the models know of it.
@@ -68,39 +85,70 @@ def conjugate_gradients(
     first = _dot(rest, rest * _inverse(on_diagonal, seen))
     limit = first * tolerance**2
     count = _Count(iterations, first, name)
-    found, rest, size, lost = _iterate(
-        apply, _inverse(on_diagonal, seen), rest, limit, count, _MADE_UP * noise
-    )
+    inverse = _inverse(on_diagonal, seen)
+    found, rest, size, lost = _iterate(apply, inverse.mul, rest, limit, count, _MADE_UP * noise)
     if lost.any() and (lost & (size > first * max(tolerance, _GOOD) ** 2)).any():
         # What it took before that step may be large already, so it begins anew.
         added = _DAMPING * noise * seen
-        damped, rest = torch.zeros_like(right), right * seen
+        total, rest = torch.zeros_like(right), right * seen
         for turn in range(_ROUNDS):
             gained, rest, left, _ = _iterate(
                 lambda x: apply(x).addcmul_(added, x),
-                _inverse(on_diagonal + added, seen),
+                _inverse(on_diagonal + added, seen).mul,
                 rest,
                 limit,
                 count,
             )
-            damped += gained
+            total += gained
             rest.addcmul_(added, gained)  # b - S x
             if turn == 0:
                 size = torch.where(lost, left, size)
-        found = torch.where(lost, damped, found)
+        found = torch.where(lost, total, found)
         lost = torch.zeros_like(lost)
-    reached = _relative(size, first)
-    LOG.info("%s: solved in %d iterations to a residual of %.1e", name, count.done, reached)
+    count.tell("solved", size)
     if ((size > limit) & ~lost).any():
-        LOG.warning(
-            "%s: the solution has a residual of %.1e after %d iterations, not the tolerance of "
-            "%.1e. Allow more `iterations`, or a larger `tolerance`.",
-            name,
-            reached,
-            count.done,
-            tolerance,
-        )
-    return found
+        count.warn(size, tolerance)
+    return Solution(found, inverse, count.done)
+
+
+def refine(
+    apply: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    *,
+    precondition: Callable[[Tensor], Tensor],
+    among: Tensor,
+    noise: Tensor,
+    tolerance: float,
+    iterations: int,
+    name: str = "",
+) -> Tensor:
+    """Return x with S x = b, to the tolerance, from a solution found in other coordinates.
+
+    Args:
+        apply: S, in these coordinates.
+        right: b, `[…, o, i]`.
+        start: where to begin.
+        precondition: P, symmetric positive definite; the residual is √(rᵀ P r / bᵀ P b).
+        among: `[…, 1, 1]`, which systems; the others stay at the start, as do those that come to a
+            step along which S is no more than noise.
+        noise: what rounding may amount to in these coordinates, shaped like b.
+        tolerance: where to stop.
+        iterations: at most so many.
+        name: of what is solved, for the log.
+    """
+    if not among.any():
+        return start
+    first = _dot(right, precondition(right)) * among
+    limit = first * tolerance**2
+    count = _Count(iterations, first, name)
+    rest = (right - apply(start)) * among
+    gained, _, size, lost = _iterate(apply, precondition, rest, limit, count, noise)
+    if count.done:
+        count.tell("refined", size)
+        if ((size > limit) & ~lost).any():
+            count.warn(size, tolerance)
+    return torch.where(lost, start, gained.add_(start))
 
 
 @dataclass
@@ -116,13 +164,33 @@ class _Count:
         """Count one, and tell of it now and then."""
         self.done += 1
         if self.done % _OFTEN == 0:
-            reached = _relative(size, self.first)
-            LOG.info("%s: %d iterations, residual %.1e", self.name, self.done, reached)
+            LOG.info("%s: %d iterations, residual %.1e", self.name, self.done, self.reached(size))
+
+    def reached(self, size: Tensor) -> float:
+        """Return the largest relative residual."""
+        ratio = size.clamp_min(0) / torch.where(self.first > 0, self.first, 1.0)
+        return float(ratio.max().sqrt()) if ratio.numel() else 0.0
+
+    def tell(self, what: str, size: Tensor) -> None:
+        """Say how far it came."""
+        text = "%s: %s in %d iterations to a residual of %.1e"
+        LOG.info(text, self.name, what, self.done, self.reached(size))
+
+    def warn(self, size: Tensor, tolerance: float) -> None:
+        """Say that it did not come as far as it should have."""
+        LOG.warning(
+            "%s: the solution has a residual of %.1e after %d iterations, not the tolerance of "
+            "%.1e. Allow more `iterations`, or a larger `tolerance`.",
+            self.name,
+            self.reached(size),
+            self.done,
+            tolerance,
+        )
 
 
 def _iterate(
     apply: Callable[[Tensor], Tensor],
-    inverse: Tensor,
+    precondition: Callable[[Tensor], Tensor],
     right: Tensor,
     limit: Tensor,
     count: _Count,
@@ -131,14 +199,14 @@ def _iterate(
     """Iterate until rᵀ P r is no more than the limit; no step goes where S is no more than `least`.
 
     Args:
-        inverse: P.
+        precondition: P.
 
     Returns:
         x, the residual r, rᵀ P r, and which systems stopped before such a step.
     """
     found = torch.zeros_like(right)
     rest = right.clone()
-    step = inverse * rest
+    step = precondition(rest)
     size = _dot(rest, step)
     lost = torch.zeros_like(size, dtype=torch.bool)
     while count.done < count.allowed and (going := (size > limit) & ~lost).any():
@@ -150,7 +218,7 @@ def _iterate(
         length = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
         found.addcmul_(length, step)
         rest.addcmul_(-length, image)
-        ahead = inverse * rest
+        ahead = precondition(rest)
         before, size = size, torch.where(going, _dot(rest, ahead), size)
         turn = torch.where(going, size / torch.where(going, before, 1.0), 0.0)
         step = ahead.addcmul_(turn, step)
@@ -164,8 +232,3 @@ def _inverse(diagonal: Tensor, seen: Tensor) -> Tensor:
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:
     return (one * two).sum((-2, -1), keepdim=True)
-
-
-def _relative(size: Tensor, first: Tensor) -> float:
-    ratio = size.clamp_min(0) / torch.where(first > 0, first, 1.0)
-    return float(ratio.max().sqrt()) if ratio.numel() else 0.0

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fisher_mergekit.precision import gram
 from fisher_mergekit.precision.diagonal import counting, relative
-from fisher_mergekit.precision.iterative import conjugate_gradients
+from fisher_mergekit.precision.iterative import conjugate_gradients, refine
 from fisher_mergekit.precision.kronecker import (
     Basis,
     as_factor,
@@ -84,28 +85,50 @@ class TwoSided:
         yield Whole(self)
 
     def inverse_times(self, right: Tensor, name: str = "") -> Tensor:
-        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance: in the bases, and back."""
+        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance: in the bases, back, and refined."""
         outputs, inputs = self.bases
         terms = list(zip(self.shares.values(), outputs.factors, inputs.factors, strict=True))
-
-        def apply(x: Tensor) -> Tensor:
-            return sum((share * _product(b, x, a) for share, b, a in terms), torch.zeros_like(x))
-
         on_diagonal = noise = torch.zeros_like(right)
         for (share, b, a), of_b, of_a in zip(terms, outputs.noise, inputs.noise, strict=True):
             b, a = diagonal(b), diagonal(a)
             on_diagonal = on_diagonal + share * b * a.mT
             noise = noise + share * (b.abs() * of_a.mT + of_b * (a.abs() + of_a).mT)
         found = conjugate_gradients(
-            apply,
-            outputs.into(inputs.into(right.mT).mT),
+            partial(_sum_times, terms),
+            self._into(right),
             on_diagonal=on_diagonal,
             noise=noise,
             tolerance=self.tolerance,
             iterations=self.iterations,
             name=name,
         )
-        return outputs.out_of(inputs.out_of(found.mT).mT)
+        # An element of which all models know far less than of those that the bases mix it with is
+        # lost there. Its own diagonal finds it, where nothing has to be told from noise.
+        own = [(share, self.outputs[i], self.inputs[i]) for i, share in self.shares.items()]
+        elements = torch.zeros_like(right)
+        for share, b, a in own:
+            elements += share * diagonal(b) * diagonal(a).mT
+        return refine(
+            partial(_sum_times, own),
+            right,
+            self._out_of(found.x),
+            precondition=lambda r: (
+                self._out_of(found.inverse * self._into(r)) + divided(r, elements)
+            ),
+            among=_count(found.inverse) == _count(elements),
+            noise=(outputs.rounding + inputs.rounding) * elements,
+            tolerance=self.tolerance,
+            iterations=self.iterations - found.iterations,
+            name=name,
+        )
+
+    def _into(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.bases
+        return outputs.into(inputs.into(x.mT).mT)
+
+    def _out_of(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.bases
+        return outputs.out_of(inputs.out_of(x.mT).mT)
 
 
 class Whole:
@@ -133,6 +156,16 @@ class Whole:
 def _product(b: Tensor, x: Tensor, a: Tensor) -> Tensor:
     """Return B x A."""
     return times(b, times(a, x.mT).mT)
+
+
+def _sum_times(terms: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor) -> Tensor:
+    """Return Σ t B x A, of (t, B, A)."""
+    return sum((share * _product(b, x, a) for share, b, a in terms), torch.zeros_like(x))
+
+
+def _count(x: Tensor) -> Tensor:
+    """Return how many are positive, `[…, 1, 1]`."""
+    return (x > 0).sum((-2, -1), keepdim=True)
 
 
 def common(

@@ -158,11 +158,13 @@ class Basis:
             factors are diagonals.
         factors: one a factor, Uᵀ Aᵢ U, float64; a column where all factors are diagonals.
         noise: one a factor, what its rounding may amount to on the diagonal there, `[…, d, 1]`.
+        rounding: and relative to its diagonal as it was measured.
     """
 
     vectors: Tensor
     factors: tuple[Tensor, ...]
     noise: tuple[Tensor, ...]
+    rounding: float
 
     def into(self, x: Tensor) -> Tensor:
         """Return Uᵀ x for x `[…, d, k]`."""
@@ -190,7 +192,7 @@ def common_basis(factors: Sequence[Tensor]) -> Basis:
     scale = _to_unit_diagonal(total)
     if is_diagonal(total):
         there = tuple(factor.double() * scale**2 for factor in factors)
-        return Basis(scale, there, (torch.zeros_like(scale),) * len(factors))
+        return Basis(scale, there, (torch.zeros_like(scale),) * len(factors), 0.0)
     rounding = noise(factors)
     vectors = _root(total, rounding)
     if len(factors) > 1:
@@ -202,7 +204,8 @@ def common_basis(factors: Sequence[Tensor]) -> Basis:
     vectors.mul_(scale)
     squares = vectors.square().mT
     unsure = tuple(squares @ diagonal(factor) * rounding for factor in factors)
-    return Basis(vectors, tuple(vectors.mT @ times(factor, vectors) for factor in factors), unsure)
+    there = tuple(vectors.mT @ times(factor, vectors) for factor in factors)
+    return Basis(vectors, there, unsure, rounding)
 
 
 _SEEN = 10

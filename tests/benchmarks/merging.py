@@ -30,7 +30,7 @@ from measuring import cells
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cases import Case
-from fisher_mergekit.measure.measured import Measured
+from fisher_mergekit.measure.measured import Measured, needs_of
 from fisher_mergekit.measure.stored import stored
 from fisher_mergekit.measure.subject import load_subject
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
@@ -41,6 +41,8 @@ from ways.ours import session_for
 KINDS = ("fisher", "gram", "kfac")
 METHODS = {"linear": (), "fisher": ("fisher",), "regmean": ("gram",), "mats": ("kfac",)}
 """mergekit's plain average and ours, and the kinds that they read."""
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["__main__", "mergekit.merge", "fisher_mergekit.merging.planner"])
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def make(shape: Shape, folder: Path, seed: int, kinds: Sequence[str]) -> None:
     measured = Measured(subject, squares, session.factors, settings, {})
     records = subject.weight_records()
     identity = ModelIdentity(reference=str(folder), architecture=subject.architecture)
-    for kind in kinds:
+    for place, kind in enumerate(kinds, start=1):
+        measured.later = needs_of(kinds[place:])
         found = stored(kind, measured)
         measurement = Measurement(
             settings=settings,
@@ -198,9 +201,8 @@ def merge(models: Sequence[Path], method: str, out: Path) -> None:
 
 def alone(work: Any, *arguments: Any) -> tuple[float, float]:
     """Return the seconds, and the MiB above what was there before, of work in its own process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, work, arguments))
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_work, args=(theirs, work, arguments))
     process.start()
     theirs.close()
     try:
@@ -212,11 +214,6 @@ def alone(work: Any, *arguments: Any) -> tuple[float, float]:
 
 
 def _work(pipe: Any, work: Any, arguments: tuple[Any, ...]) -> None:
-    import mergekit.merge
-    import mergekit.plan  # noqa: F401
-
-    import fisher_mergekit.merging.planner  # noqa: F401
-
     *given, threads = arguments
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter

@@ -106,6 +106,18 @@ def test_the_table_of_merges_by_size_is_printed() -> None:
 
 
 @pytest.mark.slow
+def test_the_table_of_merges_by_method_is_printed() -> None:
+    text = script("merging.py", "--rounds", "1")
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-4:]}
+    assert list(rows) == ["linear", "fisher", "regmean", "mats"]
+    gigabytes = [float(cells[4]) for cells in rows.values()]
+    assert gigabytes[0] == 8  # two models in float32
+    assert gigabytes[1] == 16
+    assert gigabytes[1] < gigabytes[3] > gigabytes[2] > gigabytes[0]
+    assert all(float(cell) >= 0 for cells in rows.values() for cell in cells)
+
+
+@pytest.mark.slow
 def test_planning_of_80_layers_is_timed() -> None:
     text = script("planning.py", "--rounds", "1")
     assert "80 layers" in text

@@ -196,6 +196,25 @@ def test_directions_that_nobody_saw_keep_the_mean():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("seed", [5, 7, 15, 56])
+def test_what_is_known_of_some_elements_only_is_not_lost(seed):
+    """Sizes differ by many orders, in each model elsewhere: every element comes out right."""
+    thetas, _, lambdas = problem(4, seed, out=5, width=6)
+    generator = torch.Generator().manual_seed(seed)
+    precisions = [
+        (factor(generator, 6, 20, spread=3), factor(generator, 5, 20, spread=3)) for _ in range(4)
+    ]
+    matrices = [
+        dense_oracle.kfac(theta.shape, pair, lam, offdiagonal=1.0)
+        for theta, pair, lam in zip(thetas, precisions, lambdas, strict=True)
+    ]
+    expected = dense_oracle.solution(matrices, thetas)
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+        given = [[x[i] for i in order] for x in (thetas, precisions, lambdas)]
+        found = solve("kfac", *given, tolerance=1e-12)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_basis_of_shared_inputs_serves_every_layer():
     thetas, precisions, lambdas = problem(3)
     shared = kfac.common([a for a, _ in precisions], lambdas, offdiagonal=1.0)

@@ -68,14 +68,9 @@ class Problem:
         ]
 
 
-def sizes(generator, width):
-    """Return how large each input is: of different orders."""
-    return 10.0 ** torch.randint(-2, 3, (width,), generator=generator)
-
-
-def factor(generator, width, form, size):
-    """Return the Gram of some random rows, of inputs of about these sizes; or a diagonal."""
-    size = size * 10 ** (torch.rand(width, generator=generator) - 0.5)
+def factor(generator, width, form):
+    """Return the Gram of some random rows, of inputs of very different sizes; or a diagonal."""
+    size = 10.0 ** torch.randint(-2, 3, (width,), generator=generator)
     if form == "diagonal":
         return (torch.rand(width, generator=generator) + 0.1) * size
     rows = torch.randn(3 * width, width, generator=generator) * size
@@ -95,18 +90,10 @@ def problem_of(kind, form, count, seed):
         precisions = [(x.exp(),) for x in 3 * torch.randn(shape, generator=generator)]
         options = {"scales": scales, "floor": 1e-3}
     elif kind == "gram":
-        precisions = [
-            (factor(generator, WIDTH, form, sizes(generator, WIDTH)),) for _ in range(count)
-        ]
+        precisions = [(factor(generator, WIDTH, form),) for _ in range(count)]
     else:
-        # In all models alike, as those of one network are: docs/equation.md says why.
-        of_inputs, of_outputs = sizes(generator, WIDTH), sizes(generator, OUT)
         precisions = [
-            (
-                factor(generator, WIDTH, form, of_inputs),
-                factor(generator, OUT, "matrix", of_outputs),
-            )
-            for _ in range(count)
+            (factor(generator, WIDTH, form), factor(generator, OUT, "matrix")) for _ in range(count)
         ]
         offdiagonal = (1.0, 0.9)[seed % 2]
         options = {"scales": scales, "tolerance": 1e-12, "offdiagonal": offdiagonal}
