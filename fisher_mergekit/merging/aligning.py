@@ -21,7 +21,7 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from mergekit.tokenizer.build import get_stripped_tokenizer
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
-from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, OwnRows, Precision, Theta
+from fisher_mergekit.merging.loading import LoadPrecision, LoadTheta, OwnRows, Precision, Theta
 from fisher_mergekit.precision.rows import ABSENT, taken, uncoupled
 
 _built: dict[BuildTokenizer, TokenizerInfo] = {}

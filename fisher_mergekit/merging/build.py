@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -19,20 +20,10 @@ from fisher_mergekit.merging.aligning import (
     TokenRows,
     TruncateThetas,
 )
+from fisher_mergekit.merging.loading import LoadPrecision, LoadTheta, OwnRows, Precision, Theta
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source
-from fisher_mergekit.merging.tasks import (
-    ConvertTask,
-    CopyTask,
-    LoadPrecision,
-    LoadTheta,
-    MergeTask,
-    Options,
-    OwnRows,
-    Precision,
-    SharedTask,
-    Theta,
-)
+from fisher_mergekit.merging.tasks import ConvertTask, CopyTask, MergeTask, Options, SharedTask
 from fisher_mergekit.merging.vocabulary import Vocabulary
 from fisher_mergekit.merging.ways import Decision, Way, factors_of, runs_along_tokens
 from fisher_mergekit.precision import kind_for
@@ -220,8 +211,13 @@ class Builder:
             if values.favored in values.counting
             else None,
         }
-        accepted = inspect.signature(function).parameters
+        accepted = _accepted(function)
         return tuple((name, value) for name, value in known.items() if name in accepted)
+
+
+@functools.lru_cache(maxsize=16)
+def _accepted(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _inputs_of(way: Way) -> object:

@@ -1,7 +1,7 @@
-"""mergekit graph tasks: load a theta, load a precision, merge them, copy what is not merged.
+"""mergekit graph tasks: merge what was loaded, copy what is not merged.
 
-    LoadTheta × n ───────────────────┐
-    LoadPrecision × n ───────────────┼── MergeTask ── (mergekit's SaveTensor or ReturnTensor)
+    LoadTheta × n ───── Together ────┐
+    LoadPrecision × n ─ Together ────┼── MergeTask ── (mergekit's SaveTensor or ReturnTensor)
         └ of inputs: SharedTask ─────┘
     MergeTask × parts ── ConvertTask
     LoadTheta ── CopyTask
@@ -9,170 +9,21 @@
 Tasks that are equal are done once, so layers that share their inputs load and factorise them once.
 Their labels begin alike: the executor merges such layers one after the other, and what they share
 does not stay in memory for longer.
-
-The loading tasks are ours, not mergekit's `GatherTensors`, for three reasons: they load under the
-very name that was checked; every task of an output tensor has the *output's* name in its group
-label, so that the executor finishes one tensor before the next, also where two models' files call
-it differently; and a model that does not count for a tensor is not read for it.
 """
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache
 
-from fisher_mergekit.errors import CheckpointError, SidecarError
-from fisher_mergekit.merging import files, sidecars
-from fisher_mergekit.merging.remedies import command_for
+from fisher_mergekit.errors import CheckpointError
+from fisher_mergekit.merging import files
+from fisher_mergekit.merging.loading import OwnRows, Precision, Theta, Together
 from fisher_mergekit.precision import equation, kind_for, rows
-from fisher_mergekit.sidecar.checkpoint import read_ahead
-
-
-class Theta(Task[torch.Tensor]):
-    """One model's part in an output tensor.
-
-    Attributes:
-        name: the tensor's name in the model's files; of one that is converted, in memory.
-    """
-
-    model: ModelReference
-    name: str
-
-
-class LoadTheta(Theta):
-    """Load one tensor of one model, in the dtype it is stored in.
-
-    Attributes:
-        parts: what it is converted from, by name in the files.
-        label: the output tensor's name.
-        device: where to read it to; the CPU if None.
-    """
-
-    label: str
-    parts: tuple[str, ...] = ()
-    device: str | None = None
-
-    def arguments(self) -> dict[str, Task[Any]]:
-        """Return nothing: it depends on files only."""
-        return {}
-
-    def execute(self, **_: Any) -> torch.Tensor:
-        """Return the tensor as stored; mergekit's loader owns the memory."""
-        loader = LoaderCache().get(self.model)
-        held = files.reopen(self.model)
-        read_ahead(held[name] for name in self.parts or (self.name,) if name in held)
-
-        def load(name: str) -> torch.Tensor:
-            tensor: torch.Tensor = loader.get_tensor(name, device=self.device or "cpu")
-            return tensor
-
-        if not self.parts:
-            return load(self.name)
-        return held.convert(self.name, {p: load(p) for p in self.parts})
-
-    def priority(self) -> int:
-        """Load late, as mergekit's LoadTensor: only when nothing else can be done."""
-        return -1000
-
-    def group_label(self) -> str:
-        """Return the output tensor's name."""
-        return self.label
-
-
-Form = Literal["elementwise", "diagonal", "matrix"]
-"""What a stored tensor is: a number for each weight, or a factor's diagonal, or a factor."""
-
-
-class Precision(Task[torch.Tensor]):
-    """Something measured of one model's part in an output tensor."""
-
-
-class OwnRows(Task[torch.Tensor]):
-    """Which of a model's own rows stands in each row of an output tensor, `ABSENT` if none does.
-
-    Attributes:
-        size: rows of the output.
-    """
-
-    size: int
-
-
-class LoadPrecision(Precision):
-    """Load one measured tensor of one model, checked against its checksum.
-
-    Attributes:
-        path: the sidecar, a folder or one file.
-        kind: which precision.
-        name: the stored tensor's name; of one that is converted, the weight's in memory.
-        parts: what it is converted from, by name in the files.
-        form: what it is, and so which values it may hold.
-        label: the name under which the executor groups it.
-    """
-
-    model: ModelReference
-    path: Path
-    kind: str
-    name: str
-    label: str
-    parts: tuple[str, ...] = ()
-    form: Form = "elementwise"
-
-    def arguments(self) -> dict[str, Task[Any]]:
-        """Return nothing: it depends on files only."""
-        return {}
-
-    def execute(self, **_: Any) -> torch.Tensor:
-        """Return the precision on the CPU, checked; a factor's diagonal as a column.
-
-        Raises:
-            SidecarError: the bytes or the values are not what a measurement can have written.
-        """
-        if not self.parts:
-            return self._load(self.name)
-        return files.reopen(self.model).convert(self.name, {p: self._load(p) for p in self.parts})
-
-    def _load(self, name: str) -> torch.Tensor:
-        tensor = sidecars.reopen(self.path, self.kind).load(name)
-        if not tensor.numel():
-            return tensor
-        # One pass for all three: a NaN anywhere makes both ends NaN.
-        lowest, highest = tensor.aminmax()
-        size = max(highest, -lowest)
-        least = tensor.diagonal(dim1=-2, dim2=-1).min() if self.form == "matrix" else lowest
-        if not (least >= 0 and size < torch.inf):
-            raise self._corrupt(
-                f"{name} holds values from {lowest.item()} to {highest.item()}, but a {self.kind} "
-                + ("is finite, and its diagonal" if self.form == "matrix" else "is finite and")
-                + " never negative"
-            )
-        if self.form == "matrix":
-            difference = (tensor - tensor.mT).abs().max()
-            if difference > sidecars.ASYMMETRY * size:
-                raise self._corrupt(f"{name} is not symmetric")
-            if difference > 0:
-                tensor = (tensor + tensor.mT) / 2
-        return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
-
-    def _corrupt(self, what: str) -> SidecarError:
-        return SidecarError(
-            f"the sidecar {self.path} of {self.model} is corrupt: {what}. "
-            f"{command_for(self.model, self.kind)} --force"
-        )
-
-    def priority(self) -> int:
-        """Load late, like the thetas."""
-        return -1000
-
-    def group_label(self) -> str:
-        """Return the group's label."""
-        return self.label
-
 
 Options: TypeAlias = tuple[tuple[str, Any], ...]
 """A kind's options as pairs: tasks that are equal are done once, so all in them is compared."""
@@ -196,8 +47,8 @@ class SharedTask(Task[Any]):
     options: Options = ()
 
     def arguments(self) -> dict[str, Task[Any]]:
-        """Return the tasks that load the inputs' factors."""
-        return {f"input_{i}": task for i, task in enumerate(self.inputs)}
+        """Return the task that loads the inputs' factors."""
+        return {"inputs": Together(tasks=self.inputs)}
 
     def group_label(self) -> str:
         """Return the group's label."""
@@ -207,10 +58,9 @@ class SharedTask(Task[Any]):
         """Ask mergekit to move all inputs to the device that computes."""
         return True
 
-    def execute(self, **inputs: torch.Tensor) -> Any:
+    def execute(self, inputs: tuple[torch.Tensor, ...], **_: Any) -> Any:
         """Return what the kind makes of them, on the device that computes."""
-        factors = [inputs[f"input_{i}"] for i in range(len(self.inputs))]
-        return kind_for(self.kind).common(factors, self.lambdas, **dict(self.options))
+        return kind_for(self.kind).common(inputs, self.lambdas, **dict(self.options))
 
 
 class MergeTask(Task[torch.Tensor]):
@@ -246,11 +96,16 @@ class MergeTask(Task[torch.Tensor]):
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return the tasks that load the thetas and their precisions."""
-        arguments: dict[str, Task[Any]] = {f"theta_{i}": t for i, t in enumerate(self.thetas)}
-        for i, parts in enumerate(self.precisions):
-            arguments |= {f"precision_{i}_{j}": task for j, task in enumerate(parts)}
-        arguments |= {f"present_{i}": task for i, task in enumerate(self.present)}
-        return arguments if self.shared is None else {**arguments, "shared": self.shared}
+        arguments: dict[str, Task[Any]] = {"thetas": Together(tasks=self.thetas)}
+        for part in range(max(map(len, self.precisions))):
+            # Apart: the inputs' are those that other layers share.
+            own = tuple(parts[part] for parts in self.precisions if part < len(parts))
+            arguments[f"precisions_{part}"] = Together(tasks=own)
+        if self.present:
+            arguments["present"] = Together(tasks=self.present)
+        if self.shared is not None:
+            arguments["shared"] = self.shared
+        return arguments
 
     def group_label(self) -> str:
         """Return the output tensor's name, or the label of the layers that share their inputs."""
@@ -260,20 +115,25 @@ class MergeTask(Task[torch.Tensor]):
         """Ask mergekit to move all inputs to the device that computes."""
         return True
 
-    def execute(self, **inputs: Any) -> torch.Tensor:
+    def execute(
+        self,
+        thetas: tuple[torch.Tensor, ...],
+        present: tuple[torch.Tensor, ...] = (),
+        shared: Any = None,
+        **loaded: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
         """Return the merged tensor; computed in float32 or better, rounded once.
 
         Raises:
             CheckpointError: the result is not finite; names the model whose weights are not.
         """
-        thetas: list[torch.Tensor] = [inputs[f"theta_{i}"] for i in range(len(self.thetas))]
+        columns = [iter(loaded[f"precisions_{part}"]) for part in range(len(loaded))]
         precisions = [
-            tuple(inputs[f"precision_{i}_{j}"] for j in range(len(parts)))
-            for i, parts in enumerate(self.precisions)
+            tuple(next(columns[part]) for part in range(len(parts))) for parts in self.precisions
         ]
         options = dict(self.options)
         if self.shared is not None:
-            options["shared"] = inputs["shared"]
+            options["shared"] = shared
         turned = [theta.mT for theta in thetas] if self.input_axis == -2 else thetas
         stored = functools.reduce(torch.promote_types, (theta.dtype for theta in thetas))
         dtype = dtype_from_name(self.dtype) or stored
@@ -283,7 +143,7 @@ class MergeTask(Task[torch.Tensor]):
                 turned,
                 [inputs_of for (inputs_of,) in precisions],
                 self.lambdas,
-                [inputs[f"present_{i}"] >= 0 for i in range(len(self.present))],
+                [own >= 0 for own in present],
                 name=self.name,
                 dtype=dtype,
                 **options,
@@ -295,7 +155,7 @@ class MergeTask(Task[torch.Tensor]):
             self._blame(thetas, result.dtype)
         return result.mT.contiguous() if self.input_axis == -2 else result
 
-    def _blame(self, thetas: list[torch.Tensor], dtype: torch.dtype) -> None:
+    def _blame(self, thetas: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
         """Say whose fault it is that the result is not finite."""
         for task, theta in zip(self.thetas, thetas, strict=True):
             if not _is_finite(theta):

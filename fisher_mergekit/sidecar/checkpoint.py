@@ -61,9 +61,9 @@ class TensorInfo:
     def digest(self) -> str:
         """Return a digest of dtype, shape and (of large tensors, sampled) bytes."""
         hasher = xxhash.xxh3_128(f"{self.dtype} {list(self.shape)}".encode())
-        with self.file.open("rb", buffering=0) as file:  # a buffer would read more than is asked
+        with _descriptor(self.file) as descriptor:
             for offset, size in self.samples():
-                hasher.update(os.pread(file.fileno(), size, offset))
+                hasher.update(os.pread(descriptor, size, offset))
         return hasher.hexdigest()
 
     def samples(self) -> list[tuple[int, int]]:
@@ -90,18 +90,29 @@ def read_ahead(infos: Iterable[TensorInfo], *, samples: bool = False) -> None:
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    pieces: dict[Path, list[tuple[int, int]]] = {}
+    by_file: dict[Path, list[TensorInfo]] = {}
     for info in infos:
-        own = info.samples() if samples else [(info.start, info.stop - info.start)]
-        pieces.setdefault(info.file, []).extend(own)
-    for path, wanted in pieces.items():
-        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-            if _is_cached(file.fileno(), sum(wanted[-1]) - 1):
+        by_file.setdefault(info.file, []).append(info)
+    for path, wanted in by_file.items():
+        with contextlib.suppress(OSError), _descriptor(path) as descriptor:
+            if _is_cached(descriptor, wanted[-1].stop - 1):
                 continue  # so most likely is the rest, and advice takes time, too
-            for offset, size in wanted:
-                for start in range(offset, offset + size, READ_AHEAD):
-                    length = min(READ_AHEAD, offset + size - start)
-                    os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+            for info in wanted:
+                whole = [(info.start, info.stop - info.start)]
+                for offset, size in info.samples() if samples else whole:
+                    for start in range(offset, offset + size, READ_AHEAD):
+                        length = min(READ_AHEAD, offset + size - start)
+                        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+
+
+@contextlib.contextmanager
+def _descriptor(file: Path) -> Iterator[int]:
+    """Open a file to read it: thousands of times, so without what `open` makes around it."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

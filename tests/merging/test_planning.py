@@ -9,7 +9,8 @@ import pytest
 from benchmarks import planning
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
-from fisher_mergekit.merging.tasks import LoadPrecision, LoadTheta, MergeTask
+from fisher_mergekit.merging.loading import LoadPrecision, LoadTheta, Together
+from fisher_mergekit.merging.tasks import MergeTask
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
@@ -43,7 +44,8 @@ def test_no_tensor_is_read(models, method, sidecars, monkeypatch):
     monkeypatch.setattr(Checkpoint, "load", read)
     monkeypatch.setattr(LazyTensorLoader, "get_tensor", read)
     planned = planning.plan(models, method)
-    counts = {kind: sum(isinstance(t, kind) for t in planned.tasks) for kind in TASKS}
+    loads = [t for task in planned.tasks if isinstance(task, Together) for t in task.tasks]
+    counts = {kind: sum(isinstance(t, kind) for t in (*planned.tasks, *loads)) for kind in TASKS}
     assert counts == {MergeTask: TENSORS, LoadTheta: 2 * TENSORS, LoadPrecision: 2 * sidecars}
 
 

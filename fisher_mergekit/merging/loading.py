@@ -1,0 +1,196 @@
+"""mergekit graph tasks that load: thetas and precisions, as checked at planning.
+
+They are ours, not mergekit's `GatherTensors`, for three reasons: they load under the very name that
+was checked; every task of an output tensor has the *output's* name in its group label, so that the
+executor finishes one tensor before the next, also where two models' files call it differently; and
+a model that does not count for a tensor is not read for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache
+
+from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.merging import files, sidecars
+from fisher_mergekit.merging.remedies import command_for
+from fisher_mergekit.sidecar.checkpoint import read_ahead
+
+
+class Theta(Task[torch.Tensor]):
+    """One model's part in an output tensor.
+
+    Attributes:
+        name: the tensor's name in the model's files; of one that is converted, in memory.
+    """
+
+    model: ModelReference
+    name: str
+
+
+class LoadTheta(Theta):
+    """Load one tensor of one model, in the dtype it is stored in.
+
+    Attributes:
+        parts: what it is converted from, by name in the files.
+        label: the output tensor's name.
+        device: where to read it to; the CPU if None.
+    """
+
+    label: str
+    parts: tuple[str, ...] = ()
+    device: str | None = None
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return nothing: it depends on files only."""
+        return {}
+
+    def execute(self, **_: Any) -> torch.Tensor:
+        """Return the tensor as stored; mergekit's loader owns the memory."""
+        loader = LoaderCache().get(self.model)
+        held = files.reopen(self.model)
+        read_ahead(held[name] for name in self.parts or (self.name,) if name in held)
+
+        def load(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = loader.get_tensor(name, device=self.device or "cpu")
+            return tensor
+
+        if not self.parts:
+            return load(self.name)
+        return held.convert(self.name, {p: load(p) for p in self.parts})
+
+    def priority(self) -> int:
+        """Load late, as mergekit's LoadTensor: only when nothing else can be done."""
+        return -1000
+
+    def group_label(self) -> str:
+        """Return the output tensor's name."""
+        return self.label
+
+
+Form = Literal["elementwise", "diagonal", "matrix"]
+"""What a stored tensor is: a number for each weight, or a factor's diagonal, or a factor."""
+
+
+class Precision(Task[torch.Tensor]):
+    """Something measured of one model's part in an output tensor."""
+
+
+class OwnRows(Task[torch.Tensor]):
+    """Which of a model's own rows stands in each row of an output tensor, `ABSENT` if none does.
+
+    Attributes:
+        size: rows of the output.
+    """
+
+    size: int
+
+
+class LoadPrecision(Precision):
+    """Load one measured tensor of one model, checked against its checksum.
+
+    Attributes:
+        path: the sidecar, a folder or one file.
+        kind: which precision.
+        name: the stored tensor's name; of one that is converted, the weight's in memory.
+        parts: what it is converted from, by name in the files.
+        form: what it is, and so which values it may hold.
+        label: the name under which the executor groups it.
+    """
+
+    model: ModelReference
+    path: Path
+    kind: str
+    name: str
+    label: str
+    parts: tuple[str, ...] = ()
+    form: Form = "elementwise"
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return nothing: it depends on files only."""
+        return {}
+
+    def execute(self, **_: Any) -> torch.Tensor:
+        """Return the precision on the CPU, checked; a factor's diagonal as a column.
+
+        Raises:
+            SidecarError: the bytes or the values are not what a measurement can have written.
+        """
+        if not self.parts:
+            return self._load(self.name)
+        return files.reopen(self.model).convert(self.name, {p: self._load(p) for p in self.parts})
+
+    def _load(self, name: str) -> torch.Tensor:
+        tensor = sidecars.reopen(self.path, self.kind).load(name)
+        if not tensor.numel():
+            return tensor
+        # One pass for all three: a NaN anywhere makes both ends NaN.
+        lowest, highest = tensor.aminmax()
+        size = max(highest, -lowest)
+        least = tensor.diagonal(dim1=-2, dim2=-1).min() if self.form == "matrix" else lowest
+        if not (least >= 0 and size < torch.inf):
+            raise self._corrupt(
+                f"{name} holds values from {lowest.item()} to {highest.item()}, but a {self.kind} "
+                + ("is finite, and its diagonal" if self.form == "matrix" else "is finite and")
+                + " never negative"
+            )
+        if self.form == "matrix":
+            difference = (tensor - tensor.mT).abs().max()
+            if difference > sidecars.ASYMMETRY * size:
+                raise self._corrupt(f"{name} is not symmetric")
+            if difference > 0:
+                tensor = (tensor + tensor.mT) / 2
+        return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
+
+    def _corrupt(self, what: str) -> SidecarError:
+        return SidecarError(
+            f"the sidecar {self.path} of {self.model} is corrupt: {what}. "
+            f"{command_for(self.model, self.kind)} --force"
+        )
+
+    def priority(self) -> int:
+        """Load late, like the thetas."""
+        return -1000
+
+    def group_label(self) -> str:
+        """Return the group's label."""
+        return self.label
+
+
+class Together(Task[tuple[torch.Tensor, ...]]):
+    """Several tensors as one task.
+
+    After each task mergekit's executor looks through all targets and all values that it holds, so
+    what a merge of many small models costs is the number of tasks.
+
+    Attributes:
+        tasks: what gives the tensors. Those that depend on nothing are done here.
+    """
+
+    tasks: tuple[Task[torch.Tensor], ...]
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return the tasks that depend on others."""
+        return {str(i): task for i, task in enumerate(self.tasks) if task.arguments()}
+
+    def execute(self, **made: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the tensors."""
+        here = dict.fromkeys(t for i, t in enumerate(self.tasks) if str(i) not in made)
+        loaded = {task: task.execute() for task in here}
+        return tuple(
+            made[str(i)] if str(i) in made else loaded[task] for i, task in enumerate(self.tasks)
+        )
+
+    def priority(self) -> int:
+        """Load late."""
+        return -1000
+
+    def group_label(self) -> str | None:
+        """Return the label of the first."""
+        label: str | None = self.tasks[0].group_label()
+        return label
