@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import xxhash
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
@@ -77,12 +76,9 @@ class ModelFiles(Mapping[str, TensorInfo]):
     def __init__(self, model: ModelReference):
         self.model = model
         self.trouble: str | None = None
-        loader = LoaderCache().get(model)
-        self.checkpoint = Checkpoint(loader.index.base_path)
-        # mergekit keeps what it has opened for all merges of a process, and would read a model that
-        # was saved anew in between from its old files, beside the new ones' statistics.
-        loader.index = ShardedTensorIndex.from_disk(loader.index.base_path)
-        loader.flush()
+        # Where it is, mergekit knows; but it keeps what it has opened for all merges of a process,
+        # and would read a model that was saved anew in between from its old files.
+        self.checkpoint = Checkpoint(LoaderCache().get(model).index.base_path)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.checkpoint[name]

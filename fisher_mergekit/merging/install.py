@@ -137,7 +137,6 @@ def check_interface(expected: Sequence[tuple[Callable[..., Any], Sequence[str]]]
 def _interface() -> list[tuple[Callable[..., Any], Sequence[str]]]:
     """Return what we rely on in mergekit's planner and its surroundings."""
     from mergekit.config import ConfigReader
-    from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
     from mergekit.io.tasks import LoaderCache
     from mergekit.parameter_resolver import resolve_parameter
     from mergekit.plan import MergePlanner
@@ -150,9 +149,6 @@ def _interface() -> list[tuple[Callable[..., Any], Sequence[str]]]:
         (ConfigReader.parameter_sources, ("model",)),
         (resolve_parameter, ("parameter", "settings", "tensor_name", "t", "model")),
         (LoaderCache.get, ("model",)),
-        (LazyTensorLoader.get_tensor, ("key", "device")),
-        (LazyTensorLoader.flush, ()),
-        (ShardedTensorIndex.from_disk, ("base_path",)),
         (PermutedVocabulary.execute, ("tokenizer_info", "tensors")),
         (TruncatedVocabulary.execute, ("tensors",)),
     ]

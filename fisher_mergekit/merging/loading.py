@@ -14,12 +14,10 @@ from typing import Any, Literal
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.merging import files, sidecars
 from fisher_mergekit.merging.remedies import command_for
-from fisher_mergekit.sidecar.checkpoint import read_ahead
 
 
 class Theta(Task[torch.Tensor]):
@@ -51,14 +49,11 @@ class LoadTheta(Theta):
         return {}
 
     def execute(self, **_: Any) -> torch.Tensor:
-        """Return the tensor as stored; mergekit's loader owns the memory."""
-        loader = LoaderCache().get(self.model)
+        """Return the tensor as stored, mapped into memory."""
         held = files.reopen(self.model)
-        read_ahead(held[name] for name in self.parts or (self.name,) if name in held)
 
         def load(name: str) -> torch.Tensor:
-            tensor: torch.Tensor = loader.get_tensor(name, device=self.device or "cpu")
-            return tensor
+            return held.checkpoint.load(name, self.device or "cpu")
 
         if not self.parts:
             return load(self.name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mergekit.architecture import WeightInfo, arch_info_for_config
 from mergekit.config import MergeConfiguration
@@ -37,6 +39,19 @@ from fisher_mergekit.sidecar.layout import text_of
 LOG = logging.getLogger(__name__)
 
 
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Let the garbage collector rest: it would look again and again at all that was ever made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_nothing_collected()
 def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     """Fill `planner._tensors` with the tasks of a recipe of ours.
 

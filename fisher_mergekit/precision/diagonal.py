@@ -143,8 +143,11 @@ class Elementwise:
         blocks = self.split(result)
         memory = result.new_empty((4, len(blocks[0]) if blocks else 0), dtype=dtype)
         formers = {i: Former(weight, self.split, memory) for i, weight in self.weights.items()}
+        positive = all(
+            factor >= 0 for weight in self.weights.values() for _, factor in weight.terms
+        ) and any(weight.constant >= torch.finfo(dtype).tiny for weight in self.weights.values())
         for number, block in enumerate(blocks):
-            yield Block(formers, number, memory[:, : len(block)])
+            yield Block(formers, number, memory[:, : len(block)], positive=positive)
 
 
 class Block:
@@ -154,11 +157,15 @@ class Block:
         formers: of all models' weights; the first one's counts from the start.
         number: the block's.
         memory: `[4, elements]`, to compute in.
+        positive: whether the sum of weights is known to be.
     """
 
     starts_at_mean = False
 
-    def __init__(self, formers: Mapping[int, Former], number: int, memory: Tensor):
+    def __init__(
+        self, formers: Mapping[int, Former], number: int, memory: Tensor, *, positive: bool
+    ):
+        self._positive = positive
         self._formers, self._number = formers, number
         self._memory, self._weight, self._difference, self._product = memory
         self._total = next(iter(formers.values())).formed(number, self._memory)
@@ -188,4 +195,4 @@ class Block:
             torch.add(reference, self._right.div_(self._total), out=out)
             return None
         torch.addcdiv(reference, self._right, self._total, out=out)
-        return None if self._total.amin() > 0 else self._total == 0
+        return None if self._positive or self._total.amin() > 0 else self._total == 0

@@ -24,7 +24,6 @@ from mergekit.config import (
     OutputSliceDefinition,
 )
 from mergekit.graph import Executor, Task
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
     InputContract,
@@ -72,11 +71,7 @@ NAMES = {
         "OutputSliceDefinition": "some layers of the output, and which layers they come from",
     },
     "mergekit.graph": {"Task": "a node of the graph; ours are subclasses"},
-    "mergekit.io.lazy_tensor_loader": {
-        "LazyTensorLoader": "reads one tensor",
-        "ShardedTensorIndex": "which file holds which of a model's tensors",
-    },
-    "mergekit.io.tasks": {"LoaderCache": "a model's files, and what of them is open"},
+    "mergekit.io.tasks": {"LoaderCache": "where a model's files are"},
     "mergekit.merge": {
         "generate_card": "the function whose result is written as README.md; we wrap it here",
         "run_merge": "one merge, in mergekit-yaml and in each stage of mergekit-multi",
@@ -153,7 +148,6 @@ CALLS = [
     (MergePlanner.plan_in_memory, "self"),
     (ConfigReader.parameter_sources, "self model"),
     (resolve_parameter, "parameter settings tensor_name t model"),
-    (LazyTensorLoader.get_tensor, "self key device"),
     (LoaderCache.get, "self model"),
     (LoaderCache.setup, "self options"),
     (ModelReference.config, "self trust_remote_code"),
@@ -245,20 +239,8 @@ class TestNames:
             assert callable(getattr(Task, name)), name
 
     def test_parts_of_a_loader(self, pair):
-        assert {"base_path", "tensor_paths"} <= set(ShardedTensorIndex.__annotations__)
         loader = LoaderCache().get(ModelReference.model_validate(str(pair[0])))
         assert Path(loader.index.base_path) == pair[0]
-        assert set(loader.index.tensor_paths) == set(read(pair[0]))
-
-    def test_a_loader_opens_files_anew_where_it_is_told_to(self, pair, tmp_path):
-        """Its index is looked up at every reading; `flush` closes what is open."""
-        first, second = (make_model(tmp_path / n, "llama", seed=s) for n, s in (("a", 1), ("b", 2)))
-        loader = LazyTensorLoader.from_disk(str(first))
-        name = min(read(first))
-        assert torch.equal(loader.get_tensor(name), read(first)[name])
-        loader.index = ShardedTensorIndex.from_disk(str(second))
-        loader.flush()
-        assert torch.equal(loader.get_tensor(name), read(second)[name])
 
 
 class TestRecipes:
