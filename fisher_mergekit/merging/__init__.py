@@ -19,7 +19,8 @@
     ways.py       by which kind each tensor is merged, and the kinds' scales
     build.py      from ways to tasks; layers that share their inputs
     aligning.py   tasks: tables of tokens, and what was measured of them, brought in line
-    tasks.py      mergekit graph tasks: load a theta, load a precision, merge, copy
+    loading.py    mergekit graph tasks that load: thetas, precisions
+    tasks.py      mergekit graph tasks that merge them, put together, copy
     card.py       the merged model's README.md: what was measured of each model
 
 A merge is planned like this: mergekit's own walk over modules, slices and layers is recorded

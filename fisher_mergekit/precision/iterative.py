@@ -35,32 +35,18 @@ _ROUNDS = 3
 """How often a damped system is solved for what is left: an error of 1e-3 becomes 1e-9."""
 
 
-@dataclass(frozen=True)
-class Solution:
-    """What was found.
-
-    Attributes:
-        x: shaped like b.
-        inverse: D⁻¹ where S is more than noise, zero elsewhere.
-        iterations: how many it took.
-    """
-
-    x: Tensor
-    inverse: Tensor
-    iterations: int
-
-
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     right: Tensor,
     *,
     on_diagonal: Tensor,
     noise: Tensor,
+    refined: Tensor,
     tolerance: float,
     iterations: int,
     name: str = "",
-) -> Solution:
-    """Find x with S x = b, to a relative residual of `tolerance`.
+) -> Tensor:
+    """Return x with S x = b, to a relative residual of `tolerance`.
 
     S = D + N is preconditioned with its diagonal D, and so is the residual measured,
     √(rᵀ D⁻¹ r / bᵀ D⁻¹ b): an error in a direction counts by what the models know of it.
@@ -76,6 +62,7 @@ def conjugate_gradients(
         right: b, `[…, o, i]`; each of the leading axes is a system of its own.
         on_diagonal: D, shaped like b.
         noise: what rounding may amount to in D, likewise.
+        refined: `[…, 1, 1]`, which systems will be refined; a warning can wait till then.
         tolerance: where to stop.
         iterations: at most so many; a warning says if they were not enough.
         name: of what is solved, for the log.
@@ -106,9 +93,9 @@ def conjugate_gradients(
         found = torch.where(lost, total, found)
         lost = torch.zeros_like(lost)
     count.tell("solved", size)
-    if ((size > limit) & ~lost).any():
+    if ((size > limit) & ~lost & ~refined).any():
         count.warn(size, tolerance)
-    return Solution(found, inverse, count.done)
+    return found
 
 
 def refine(
@@ -116,8 +103,8 @@ def refine(
     right: Tensor,
     start: Tensor,
     *,
+    which: Tensor,
     precondition: Callable[[Tensor], Tensor],
-    among: Tensor,
     noise: Tensor,
     tolerance: float,
     iterations: int,
@@ -129,20 +116,21 @@ def refine(
         apply: S, in these coordinates.
         right: b, `[…, o, i]`.
         start: where to begin.
+        which: `[…, 1, 1]`, of which systems; the others stay at the start.
         precondition: P, symmetric positive definite; the residual is √(rᵀ P r / bᵀ P b).
-        among: `[…, 1, 1]`, which systems; the others stay at the start, as do those that come to a
-            step along which S is no more than noise.
-        noise: what rounding may amount to in these coordinates, shaped like b.
+        noise: what rounding may amount to in these coordinates, shaped like b. A system that comes
+            to a step along which S is no more than that stays at the start: here are no directions
+            to choose from, and all of the noise counts.
         tolerance: where to stop.
         iterations: at most so many.
         name: of what is solved, for the log.
     """
-    if not among.any():
+    if not which.any():
         return start
-    first = _dot(right, precondition(right)) * among
+    first = _dot(right, precondition(right)) * which
     limit = first * tolerance**2
     count = _Count(iterations, first, name)
-    rest = (right - apply(start)) * among
+    rest = (right - apply(start)) * which
     gained, _, size, lost = _iterate(apply, precondition, rest, limit, count, noise)
     if count.done:
         count.tell("refined", size)

@@ -13,6 +13,11 @@ A sum of Kronecker products is none, and so has no cheap inverse. But two symmet
 diagonal in one basis (that of their pencil), and then so is the sum of two products. So the
 equation is solved in such a basis, with the sum's diagonal as the preconditioner; two models need
 one step. The inputs' basis serves all layers that share them.
+
+An element of which all models know far less than of those that the bases mix it with is lost there.
+So the solution is refined in the weight's own coordinates, where the elements' own diagonal stands
+in the preconditioner too. Not where some directions are left out as rounding: only the bases have
+those apart.
 """
 
 from __future__ import annotations
@@ -85,7 +90,39 @@ class TwoSided:
         yield Whole(self)
 
     def inverse_times(self, right: Tensor, name: str = "") -> Tensor:
-        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance: in the bases, back, and refined."""
+        """Return (Σ tᵢ Bᵢ ⊗ Aᵢ)⁻¹ x, to the tolerance; zero for elements of which S has nothing."""
+        own = [(share, self.outputs[i], self.inputs[i]) for i, share in self.shares.items()]
+        elements = torch.zeros_like(right)
+        for share, b, a in own:
+            elements += share * diagonal(b) * diagonal(a).mT
+        start, inverse, complete = self._in_bases(right, elements, name)
+        outputs, inputs = self.bases
+
+        def precondition(r: Tensor) -> Tensor:
+            return self._out_of(inverse * self._into(r)) + divided(r, elements)
+
+        found = refine(
+            partial(_sum_times, own),
+            right,
+            start,
+            which=complete,
+            precondition=precondition,
+            noise=(outputs.rounding + inputs.rounding) * elements,
+            tolerance=self.tolerance,
+            iterations=self.iterations,
+            name=name,
+        )
+        return found.mul_(elements > 0)
+
+    def _in_bases(
+        self, right: Tensor, elements: Tensor, name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve in the bases.
+
+        Returns:
+            The solution; the inverse of the sum's diagonal there, zero in directions that may be
+            nothing but rounding; and `[…, 1, 1]`, which systems have no such direction.
+        """
         outputs, inputs = self.bases
         terms = list(zip(self.shares.values(), outputs.factors, inputs.factors, strict=True))
         on_diagonal = noise = torch.zeros_like(right)
@@ -93,34 +130,19 @@ class TwoSided:
             b, a = diagonal(b), diagonal(a)
             on_diagonal = on_diagonal + share * b * a.mT
             noise = noise + share * (b.abs() * of_a.mT + of_b * (a.abs() + of_a).mT)
+        seen = on_diagonal > noise
+        complete = _count(seen) >= _count(elements > 0)
         found = conjugate_gradients(
             partial(_sum_times, terms),
             self._into(right),
             on_diagonal=on_diagonal,
             noise=noise,
+            refined=complete,
             tolerance=self.tolerance,
             iterations=self.iterations,
             name=name,
         )
-        # An element of which all models know far less than of those that the bases mix it with is
-        # lost there. Its own diagonal finds it, where nothing has to be told from noise.
-        own = [(share, self.outputs[i], self.inputs[i]) for i, share in self.shares.items()]
-        elements = torch.zeros_like(right)
-        for share, b, a in own:
-            elements += share * diagonal(b) * diagonal(a).mT
-        return refine(
-            partial(_sum_times, own),
-            right,
-            self._out_of(found.x),
-            precondition=lambda r: (
-                self._out_of(found.inverse * self._into(r)) + divided(r, elements)
-            ),
-            among=_count(found.inverse) == _count(elements),
-            noise=(outputs.rounding + inputs.rounding) * elements,
-            tolerance=self.tolerance,
-            iterations=self.iterations - found.iterations,
-            name=name,
-        )
+        return self._out_of(found), divided(seen.to(right.dtype), on_diagonal), complete
 
     def _into(self, x: Tensor) -> Tensor:
         outputs, inputs = self.bases
@@ -163,9 +185,9 @@ def _sum_times(terms: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor) -> Ten
     return sum((share * _product(b, x, a) for share, b, a in terms), torch.zeros_like(x))
 
 
-def _count(x: Tensor) -> Tensor:
-    """Return how many are positive, `[…, 1, 1]`."""
-    return (x > 0).sum((-2, -1), keepdim=True)
+def _count(these: Tensor) -> Tensor:
+    """Return how many are true, `[…, 1, 1]`."""
+    return these.sum((-2, -1), keepdim=True)
 
 
 def common(

@@ -158,7 +158,7 @@ class Basis:
             factors are diagonals.
         factors: one a factor, Uᵀ Aᵢ U, float64; a column where all factors are diagonals.
         noise: one a factor, what its rounding may amount to on the diagonal there, `[…, d, 1]`.
-        rounding: and relative to its diagonal as it was measured.
+        rounding: of all factors, relative to their diagonals; 0 for diagonals.
     """
 
     vectors: Tensor

@@ -108,7 +108,7 @@ def read_ahead(infos: Iterable[TensorInfo], *, samples: bool = False) -> None:
 @contextlib.contextmanager
 def _descriptor(file: Path) -> Iterator[int]:
     """Open a file to read it: thousands of times, so without what `open` makes around it."""
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(file, os.O_RDONLY)
     try:
         yield descriptor
     finally:
@@ -248,14 +248,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     @cached_property
-    def _open(self) -> dict[Path, safe_open]:
+    def _open(self) -> dict[tuple[Path, str], safe_open]:
         return {}
 
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Load one tensor as stored; KeyError if there is no such name."""
         info = self._infos[name]
         read_ahead([info])
-        if info.file not in self._open:
-            self._open[info.file] = safe_open(info.file, framework="pt", device=device)
-        tensor: torch.Tensor = self._open[info.file].get_tensor(name)
+        key = info.file, device
+        if key not in self._open:
+            self._open[key] = safe_open(info.file, framework="pt", device=device)
+        tensor: torch.Tensor = self._open[key].get_tensor(name)
         return tensor

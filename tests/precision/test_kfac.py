@@ -215,6 +215,25 @@ def test_what_is_known_of_some_elements_only_is_not_lost(seed):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("offdiagonal", [0.9, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_element_that_no_model_knows_keeps_the_mean(seed, offdiagonal):
+    """An input is dead in two models, an output in the third; all others come out right."""
+    thetas, precisions, lambdas = problem(3, seed)
+    for of_model, side in enumerate((0, 0, 1)):
+        precisions[of_model][side][0] = precisions[of_model][side][:, 0] = 0
+    found = solve(
+        "kfac", thetas, precisions, lambdas, offdiagonal=offdiagonal, tolerance=1e-12
+    ).flatten()
+    matrices = [
+        dense_oracle.kfac(theta.shape, pair, lam, offdiagonal=offdiagonal)[1:, 1:]
+        for theta, pair, lam in zip(thetas, precisions, lambdas, strict=True)
+    ]
+    expected = dense_oracle.solution(matrices, [theta.flatten()[1:] for theta in thetas])
+    torch.testing.assert_close(found[1:], expected, rtol=1e-5, atol=1e-5)
+    assert found[0] == pytest.approx(float(equation.weighted_mean(thetas, lambdas)[0, 0]))
+
+
 def test_the_basis_of_shared_inputs_serves_every_layer():
     thetas, precisions, lambdas = problem(3)
     shared = kfac.common([a for a, _ in precisions], lambdas, offdiagonal=1.0)
