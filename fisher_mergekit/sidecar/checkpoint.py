@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,9 @@ DIGEST_BLOCK = 4096
 evenly spaced blocks of `DIGEST_BLOCK` bytes: checking a 70B model must not mean reading it."""
 READ_AHEAD = 1 << 17
 """Bytes that Linux may read ahead at once; it cuts longer advice down to its own limit."""
+BEHIND = 1 << 25
+"""Bytes behind a tensor that are asked for with it: files have tensors in their names' order, in
+which they are merged, too. So the disk works while the processor does."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +81,30 @@ class TensorInfo:
         ]
 
 
-def read_ahead(infos: Iterable[TensorInfo], *, samples: bool = False) -> None:
-    """Have the system begin to read tensors from the disk, where it takes such advice.
+def read_samples_ahead(infos: Iterable[TensorInfo]) -> None:
+    """Have the system begin to read what digests are made of, where it takes such advice.
 
     It reads many pieces at once then. Whoever asks for one after the other, or for a mapped file
     page by page, waits for each of them.
-
-    Args:
-        infos: the tensors.
-        samples: of each only what its digest is made of.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in infos:
         by_file.setdefault(info.file, []).append(info)
     for path, wanted in by_file.items():
-        with contextlib.suppress(OSError), _descriptor(path) as descriptor:
-            if _is_cached(descriptor, wanted[-1].stop - 1):
-                continue  # so most likely is the rest, and advice takes time, too
-            for info in wanted:
-                whole = [(info.start, info.stop - info.start)]
-                for offset, size in info.samples() if samples else whole:
-                    for start in range(offset, offset + size, READ_AHEAD):
-                        length = min(READ_AHEAD, offset + size - start)
-                        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+        _advise(path, [piece for info in wanted for piece in info.samples()])
+
+
+def _advise(file: Path, pieces: Sequence[tuple[int, int]]) -> None:
+    """Ask for pieces of a file, (offset, size), unless the last of them is in memory already."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError), _descriptor(file) as descriptor:
+        if _is_cached(descriptor, min(sum(pieces[-1]), os.fstat(descriptor).st_size) - 1):
+            return  # so most likely is the rest, and advice takes time, too
+        for offset, size in pieces:
+            for start in range(offset, offset + size, READ_AHEAD):
+                length = min(READ_AHEAD, offset + size - start)
+                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
 
 @contextlib.contextmanager
@@ -254,9 +256,20 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Load one tensor as stored; KeyError if there is no such name."""
         info = self._infos[name]
-        read_ahead([info])
+        self._ask_for(info)
         key = info.file, device
         if key not in self._open:
             self._open[key] = safe_open(info.file, framework="pt", device=device)
         tensor: torch.Tensor = self._open[key].get_tensor(name)
         return tensor
+
+    @cached_property
+    def _asked(self) -> dict[Path, int]:
+        return {}
+
+    def _ask_for(self, info: TensorInfo) -> None:
+        """Have the system begin to read a tensor and what is behind it, half a window at least."""
+        begin = max(info.start, self._asked.get(info.file, 0))
+        if info.stop + BEHIND // 2 > begin:
+            _advise(info.file, [(begin, info.stop + BEHIND - begin)])
+            self._asked[info.file] = info.stop + BEHIND

@@ -10,7 +10,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
-from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo, read_ahead
+from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo, read_samples_ahead
 from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
 from fisher_mergekit.sidecar.location import FOLDER_NAME
 
@@ -139,7 +139,7 @@ class Sidecar(Mapping[str, TensorInfo]):
         """Return the names whose weights are not the ones that were measured."""
         recorded = self.measurement.weights
         known = [name for name in names if name in recorded]
-        read_ahead((weights[name] for name in known), samples=True)
+        read_samples_ahead(weights[name] for name in known)
         return [name for name in known if recorded[name].digest != weights[name].digest()]
 
     def sum_of_squares(self, name: str) -> float:
