@@ -45,8 +45,8 @@ def conjugate_gradients(
     tolerance: float,
     iterations: int,
     name: str = "",
-) -> Tensor:
-    """Return x with S x = b, to a relative residual of `tolerance`.
+) -> tuple[Tensor, Tensor]:
+    """Find x with S x = b, to a relative residual of `tolerance`.
 
     S = D + N is preconditioned with its diagonal D, and so is the residual measured,
     √(rᵀ D⁻¹ r / bᵀ D⁻¹ b): an error in a direction counts by what the models know of it.
@@ -66,6 +66,9 @@ def conjugate_gradients(
         tolerance: where to stop.
         iterations: at most so many; a warning says if they were not enough.
         name: of what is solved, for the log.
+
+    Returns:
+        x, and `[…, 1, 1]`, which systems came to an end within the iterations.
     """
     seen = on_diagonal > noise
     rest = right * seen
@@ -93,9 +96,10 @@ def conjugate_gradients(
         found = torch.where(lost, total, found)
         lost = torch.zeros_like(lost)
     count.tell("solved", size)
-    if ((size > limit) & ~lost & ~refined).any():
+    ended = (size <= limit) | lost
+    if (~ended & ~refined).any():
         count.warn(size, tolerance)
-    return found
+    return found, ended
 
 
 def refine(
@@ -104,6 +108,7 @@ def refine(
     start: Tensor,
     *,
     which: Tensor,
+    ended: Tensor,
     precondition: Callable[[Tensor], Tensor],
     noise: Tensor,
     tolerance: float,
@@ -117,6 +122,7 @@ def refine(
         right: b, `[…, o, i]`.
         start: where to begin.
         which: `[…, 1, 1]`, of which systems; the others stay at the start.
+        ended: `[…, 1, 1]`, which the start solves as far as those coordinates show it.
         precondition: P, symmetric positive definite; the residual is √(rᵀ P r / bᵀ P b).
         noise: what rounding may amount to in these coordinates, shaped like b. A system that comes
             to a step along which S is no more than that stays at the start: here are no directions
@@ -134,7 +140,7 @@ def refine(
     gained, _, size, lost = _iterate(apply, precondition, rest, limit, count, noise)
     if count.done:
         count.tell("refined", size)
-        if ((size > limit) & ~lost).any():
+        if ((size > limit) & ~(lost & ended)).any():
             count.warn(size, tolerance)
     return torch.where(lost, start, gained.add_(start))
 

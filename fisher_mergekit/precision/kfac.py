@@ -95,7 +95,7 @@ class TwoSided:
         elements = torch.zeros_like(right)
         for share, b, a in own:
             elements += share * diagonal(b) * diagonal(a).mT
-        start, inverse, complete = self._in_bases(right, elements, name)
+        start, inverse, complete, ended = self._in_bases(right, elements, name)
         outputs, inputs = self.bases
 
         def precondition(r: Tensor) -> Tensor:
@@ -106,6 +106,7 @@ class TwoSided:
             right,
             start,
             which=complete,
+            ended=ended,
             precondition=precondition,
             noise=(outputs.rounding + inputs.rounding) * elements,
             tolerance=self.tolerance,
@@ -116,12 +117,13 @@ class TwoSided:
 
     def _in_bases(
         self, right: Tensor, elements: Tensor, name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Solve in the bases.
 
         Returns:
             The solution; the inverse of the sum's diagonal there, zero in directions that may be
-            nothing but rounding; and `[…, 1, 1]`, which systems have no such direction.
+            nothing but rounding; and `[…, 1, 1]`, which systems have no such direction, and which
+            came to an end.
         """
         outputs, inputs = self.bases
         terms = list(zip(self.shares.values(), outputs.factors, inputs.factors, strict=True))
@@ -132,7 +134,7 @@ class TwoSided:
             noise = noise + share * (b.abs() * of_a.mT + of_b * (a.abs() + of_a).mT)
         seen = on_diagonal > noise
         complete = _count(seen) >= _count(elements > 0)
-        found = conjugate_gradients(
+        found, ended = conjugate_gradients(
             partial(_sum_times, terms),
             self._into(right),
             on_diagonal=on_diagonal,
@@ -142,7 +144,7 @@ class TwoSided:
             iterations=self.iterations,
             name=name,
         )
-        return self._out_of(found), divided(seen.to(right.dtype), on_diagonal), complete
+        return self._out_of(found), divided(seen.to(right.dtype), on_diagonal), complete, ended
 
     def _into(self, x: Tensor) -> Tensor:
         outputs, inputs = self.bases

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fisher_mergekit import precision
 from fisher_mergekit.precision import equation, kfac
+from fisher_mergekit.precision.iterative import refine
 from fisher_mergekit.precision.kronecker import noise
 
 solve = partial(precision.solve, offdiagonal=1.0)
@@ -93,6 +94,18 @@ def test_too_few_iterations_are_told_with_the_tensors_name(caplog):
     (line,) = lines(caplog, logging.WARNING)
     assert line.startswith("layer.weight: the solution has a residual of ")
     assert "after 2 iterations, not the tolerance of 1.0e-10. Allow more `iterations`" in line
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_neither_coordinates_solve_is_told(ended, caplog):
+    """All of S may be noise here, so refining stops; was the start any good?"""
+    one, yes = torch.ones(2, 2).double(), torch.ones(1, 1, dtype=torch.bool)
+    found = refine(
+        lambda x: x, one, torch.zeros_like(one), which=yes, ended=yes & ended,
+        precondition=lambda r: r, noise=2 * one, tolerance=1e-6, iterations=9, name="layer.weight",
+    )  # fmt: skip
+    assert not found.any()
+    assert len(lines(caplog, logging.WARNING)) == (not ended)
 
 
 def test_more_iterations_come_nearer():
