@@ -121,10 +121,13 @@ class LoadPrecision(Precision):
         return files.reopen(self.model).convert(self.name, {p: self._load(p) for p in self.parts})
 
     def _load(self, name: str) -> torch.Tensor:
-        tensor = sidecars.reopen(self.path, self.kind).load(name)
-        if not tensor.numel():
-            return tensor
-        # One pass for all three: a NaN anywhere makes both ends NaN.
+        tensor, is_plain = sidecars.reopen(self.path, self.kind).load_scanned(name)
+        if tensor.numel() and (self.form == "matrix" or not is_plain):
+            tensor = self._checked(name, tensor)
+        return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        # One pass for both: a NaN anywhere makes both ends NaN.
         lowest, highest = tensor.aminmax()
         size = max(highest, -lowest)
         least = tensor.diagonal(dim1=-2, dim2=-1).min() if self.form == "matrix" else lowest
@@ -140,7 +143,7 @@ class LoadPrecision(Precision):
                 raise self._corrupt(f"{name} is not symmetric")
             if difference > 0:
                 tensor = (tensor + tensor.mT) / 2
-        return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
+        return tensor
 
     def _corrupt(self, what: str) -> SidecarError:
         return SidecarError(

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 17
-"""Elements that each thread of a CPU merges at once: 512 KiB of float32 a tensor."""
+BLOCK = 3 << 14
+"""Elements that each thread of a CPU merges at once: 192 KiB of float32 a tensor, of which eight or
+nine are in use at a time. More of them do not fit into the usual 2 MiB, and of fewer each costs as
+much to begin."""
 BLOCK_ELSEWHERE = 1 << 24
 """On other devices, where what counts is how often a kernel is started."""
 
@@ -138,37 +140,43 @@ class Elementwise:
         size = BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else BLOCK_ELSEWHERE
         return tensor.reshape(-1).split(size) if tensor.numel() else ()
 
-    def equations(self, result: Tensor, dtype: torch.dtype) -> Iterator[Block]:
-        """Yield one for each block; all of them use the same memory, one after the other."""
-        blocks = self.split(result)
-        memory = result.new_empty((4, len(blocks[0]) if blocks else 0), dtype=dtype)
-        formers = {i: Former(weight, self.split, memory) for i, weight in self.weights.items()}
+    def equations(self, result: Tensor, dtype: torch.dtype) -> Iterator[Blocks]:
+        """Yield the same object once for each block: in the same memory, one after the other."""
+        lengths = [len(block) for block in self.split(result)]
+        size = max(lengths, default=0)
+        memory = [result.new_empty(size, dtype=dtype) for _ in range(4)]
+        formers = {i: Former(weight, self.split, memory[0]) for i, weight in self.weights.items()}
         positive = all(
             factor >= 0 for weight in self.weights.values() for _, factor in weight.terms
         ) and any(weight.constant >= torch.finfo(dtype).tiny for weight in self.weights.values())
-        for number, block in enumerate(blocks):
-            yield Block(formers, number, memory[:, : len(block)], positive=positive)
+        blocks = Blocks(formers, memory, positive=positive)
+        for number, length in enumerate(lengths):
+            if length < size:  # the last
+                blocks = Blocks(formers, [row[:length] for row in memory], positive=positive)
+            blocks.begin(number)
+            yield blocks
 
 
-class Block:
-    """The equations of some elements.
+class Blocks:
+    """The equations of the elements of one block after the other.
 
     Args:
         formers: of all models' weights; the first one's counts from the start.
-        number: the block's.
-        memory: `[4, elements]`, to compute in.
+        memory: four times a block's, to compute in.
         positive: whether the sum of weights is known to be.
     """
 
     starts_at_mean = False
 
-    def __init__(
-        self, formers: Mapping[int, Former], number: int, memory: Tensor, *, positive: bool
-    ):
-        self._positive = positive
-        self._formers, self._number = formers, number
+    def __init__(self, formers: Mapping[int, Former], memory: Sequence[Tensor], *, positive: bool):
+        self._formers, self._positive = formers, positive
         self._memory, self._weight, self._difference, self._product = memory
-        self._total = next(iter(formers.values())).formed(number, self._memory)
+        self._first = next(iter(formers.values()))
+
+    def begin(self, number: int) -> None:
+        """Take up a block."""
+        self._number = number
+        self._total = self._first.formed(number, self._memory)
         self._right: Tensor | None = None
 
     def add(self, index: int, theta: Tensor, reference: Tensor) -> None:

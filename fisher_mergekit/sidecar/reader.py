@@ -15,10 +15,34 @@ from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Me
 from fisher_mergekit.sidecar.location import FOLDER_NAME
 
 
+SCANNED = 1 << 18
+"""Bytes that are read from memory once for all that is to be known of them."""
+_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+
+
+def scan(tensor: torch.Tensor) -> tuple[str, bool]:
+    """Look through a CPU tensor's bytes once.
+
+    Returns:
+        The checksum in the header, xxh3-128, and whether all values are finite and none has a
+        minus sign. Those of one dtype are in the order of their bits read as unsigned integers,
+        infinity above all numbers and minus signs above that; so one maximum tells.
+    """
+    bits = _BITS[tensor.element_size()]
+    values = tensor.detach().contiguous().reshape(-1).view(bits).numpy()
+    hasher, greatest = xxhash.xxh3_128(), 0
+    step = SCANNED // tensor.element_size()
+    for start in range(0, values.size, step):
+        block = values[start : start + step]
+        hasher.update(block.data)
+        greatest = max(greatest, int(block.max()))
+    infinity = torch.tensor(torch.inf).to(tensor.dtype).view(bits).item()
+    return hasher.hexdigest(), greatest < infinity
+
+
 def checksum(tensor: torch.Tensor) -> str:
     """Return xxh3-128 of a CPU tensor's bytes, the checksum in the header."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_128_hexdigest(raw.numpy().data)
+    return scan(tensor)[0]
 
 
 def read_header(path: Path) -> Header | None:
@@ -152,16 +176,25 @@ class Sidecar(Mapping[str, TensorInfo]):
         Raises:
             SidecarError: the bytes are not those that were written.
         """
+        return self.load_scanned(name)[0]
+
+    def load_scanned(self, name: str) -> tuple[torch.Tensor, bool]:
+        """Load like `load`, and tell whether all values are finite and none has a minus sign.
+
+        Raises:
+            SidecarError: the bytes are not those that were written.
+        """
         try:
             tensor = self._tensors.load(name)
         except (OSError, SafetensorError) as error:
             raise SidecarError(
                 f"cannot read {name} from the sidecar {self.path}: {error}"
             ) from error
-        if checksum(tensor) != self.measurement.tensors[name].checksum:
+        found, is_plain = scan(tensor)
+        if found != self.measurement.tensors[name].checksum:
             raise SidecarError(
                 f"the sidecar {self.path} is corrupt: the bytes of {name} are not those that were "
                 "written (checksum differs). Measure the model again: "
                 "mergekit-fisher precompute RECIPE --force"
             )
-        return tensor
+        return tensor, is_plain
