@@ -14,7 +14,6 @@ from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo, read_samp
 from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
 from fisher_mergekit.sidecar.location import FOLDER_NAME
 
-
 SCANNED = 1 << 18
 """Bytes that are read from memory once for all that is to be known of them."""
 _BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
