@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import xxhash
 from safetensors import safe_open
 
 from fisher_mergekit.errors import CheckpointError
+from fisher_mergekit.sidecar import ahead
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -33,11 +34,6 @@ DIGEST_BLOCKS = 64
 DIGEST_BLOCK = 4096
 """A tensor's digest covers all bytes up to `DIGEST_WHOLE`, and of a larger tensor `DIGEST_BLOCKS`
 evenly spaced blocks of `DIGEST_BLOCK` bytes: checking a 70B model must not mean reading it."""
-READ_AHEAD = 1 << 17
-"""Bytes that Linux may read ahead at once; it cuts longer advice down to its own limit."""
-BEHIND = 1 << 25
-"""Bytes behind a tensor that are asked for with it: files have tensors in their names' order, in
-which they are merged, too. So the disk works while the processor does."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class TensorInfo:
     def digest(self) -> str:
         """Return a digest of dtype, shape and (of large tensors, sampled) bytes."""
         hasher = xxhash.xxh3_128(f"{self.dtype} {list(self.shape)}".encode())
-        with _descriptor(self.file) as descriptor:
+        with ahead.descriptor_of(self.file) as descriptor:
             for offset, size in self.samples():
                 hasher.update(os.pread(descriptor, size, offset))
         return hasher.hexdigest()
@@ -81,48 +77,15 @@ class TensorInfo:
         ]
 
 
-def read_samples_ahead(infos: Iterable[TensorInfo]) -> None:
-    """Have the system begin to read what digests are made of, where it takes such advice.
+def samples_at_hand(infos: Iterable[TensorInfo]) -> contextlib.AbstractContextManager[None]:
+    """Have the system read what digests are made of, while they are made in this context.
 
-    It reads many pieces at once then. Whoever asks for one after the other, or for a mapped file
-    page by page, waits for each of them.
+    It reads many pieces at once then. Whoever asks for one after the other waits for each of them.
     """
-    by_file: dict[Path, list[TensorInfo]] = {}
+    pieces: dict[Path, list[tuple[int, int]]] = {}
     for info in infos:
-        by_file.setdefault(info.file, []).append(info)
-    for path, wanted in by_file.items():
-        _advise(path, [piece for info in wanted for piece in info.samples()])
-
-
-def _advise(file: Path, pieces: Sequence[tuple[int, int]]) -> None:
-    """Ask for pieces of a file, (offset, size), unless the last of them is in memory already."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with contextlib.suppress(OSError), _descriptor(file) as descriptor:
-        if _is_cached(descriptor, min(sum(pieces[-1]), os.fstat(descriptor).st_size) - 1):
-            return  # so most likely is the rest, and advice takes time, too
-        for offset, size in pieces:
-            for start in range(offset, offset + size, READ_AHEAD):
-                length = min(READ_AHEAD, offset + size - start)
-                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-
-
-@contextlib.contextmanager
-def _descriptor(file: Path) -> Iterator[int]:
-    """Open a file to read it: thousands of times, so without what `open` makes around it."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _is_cached(descriptor: int, offset: int) -> bool:
-    """Whether the system has a byte of a file in memory, as far as it tells without reading it."""
-    try:
-        return bool(os.preadv(descriptor, [bytearray(1)], max(0, offset), os.RWF_NOWAIT))
-    except (AttributeError, OSError):
-        return False
+        pieces.setdefault(info.file, []).extend(info.samples())
+    return ahead.at_hand(pieces)
 
 
 def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
@@ -253,23 +216,18 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def _open(self) -> dict[tuple[Path, str], safe_open]:
         return {}
 
+    @cached_property
+    def _streams(self) -> dict[Path, ahead.Stream]:
+        return {}
+
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Load one tensor as stored; KeyError if there is no such name."""
         info = self._infos[name]
-        self._ask_for(info)
+        if info.file not in self._streams:
+            self._streams[info.file] = ahead.Stream(info.file)
+        self._streams[info.file].ask_for(info.start, info.stop)
         key = info.file, device
         if key not in self._open:
             self._open[key] = safe_open(info.file, framework="pt", device=device)
         tensor: torch.Tensor = self._open[key].get_tensor(name)
         return tensor
-
-    @cached_property
-    def _asked(self) -> dict[Path, int]:
-        return {}
-
-    def _ask_for(self, info: TensorInfo) -> None:
-        """Have the system begin to read a tensor and what is behind it, half a window at least."""
-        begin = max(info.start, self._asked.get(info.file, 0))
-        if info.stop + BEHIND // 2 > begin:
-            _advise(info.file, [(begin, info.stop + BEHIND - begin)])
-            self._asked[info.file] = info.stop + BEHIND

@@ -10,7 +10,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
-from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo, read_samples_ahead
+from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo, samples_at_hand
 from fisher_mergekit.sidecar.header import HEADER_NAME, METADATA_KEY, Header, Measurement
 from fisher_mergekit.sidecar.location import FOLDER_NAME
 
@@ -162,8 +162,8 @@ class Sidecar(Mapping[str, TensorInfo]):
         """Return the names whose weights are not the ones that were measured."""
         recorded = self.measurement.weights
         known = [name for name in names if name in recorded]
-        read_samples_ahead(weights[name] for name in known)
-        return [name for name in known if recorded[name].digest != weights[name].digest()]
+        with samples_at_hand(weights[name] for name in known):
+            return [name for name in known if recorded[name].digest != weights[name].digest()]
 
     def sum_of_squares(self, name: str) -> float:
         """Return the sum of squares of one measured tensor, from the header."""
