@@ -7,17 +7,21 @@ mergekit's own code, every merge in a process of its own that begins with everyt
 are two models of each size; of four and eight the others are hard links to those two, so that they
 need no room. Linear and Fisher take turns, and of each the fastest round counts.
 
-`cached` is with the files in the system's cache; CPU time leaves out what waits for other programs.
-`cold` is the time on the wall after the system was told to forget the files (`posix_fadvise`), and
-`read` how many times linear's bytes a Fisher merge reads. Memory is the most that a process held at
-any moment above what it had before (`RssAnon`: without mapped files, which the system takes back
-when it needs room), and `tensor` one float32 copy of the largest tensor. The output is written in
-shards of `--shard` bytes, which mergekit collects in memory.
+`cached` is with the files in the system's cache, read there in order; CPU time leaves out what
+waits for other programs. `cold` is the time on the wall after the system was told to forget the
+files (`posix_fadvise`), and `read` how many times linear's bytes a Fisher merge reads. Before it,
+all memory that a merge will take is used once: a virtual machine may have to get it from its host
+first, which takes longer than the disk. Memory is the most that a process held at any moment of a
+merge that is not timed above what it had before (`RssAnon`: without mapped files, which the system
+takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
+written in shards of `--shard` bytes, which mergekit collects in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -30,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 import yaml
@@ -115,26 +120,33 @@ def report(size: Size, folder: Path, options: Any) -> None:
         chosen = models[:number]
         found: dict[str, list[Merge]] = {method: [] for method in METHODS}
         cold: dict[str, list[float]] = {method: [] for method in METHODS}
+        memory = {}
+        forget(folder)
+        for file in folder.rglob("*.safetensors"):  # in order, as it will be mapped in large pages
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(1 << 24):
+                    pass
         for method in METHODS:
-            merge_alone(chosen, method, folder / "out", options)  # fills the cache
+            watched = merge_alone(chosen, method, folder / "out", options, watch=True)
+            memory[method] = watched.memory / MIB
         for _ in range(options.rounds):
             for method in METHODS:
                 found[method].append(merge_alone(chosen, method, folder / "out", options))
         for _ in range(options.cold):
             for method in METHODS:
                 forget(folder)
+                give_memory(3 * total([*chosen[:2], *(m / "sidecar" for m in chosen[:2])]) // 2)
                 cold[method].append(merge_alone(chosen, method, folder / "out", options).wall)
         linear, fisher = (found[method] for method in METHODS)
         wall = [min(m.wall for m in merges) for merges in (linear, fisher)]
         cpu = [min(m.cpu for m in merges) for merges in (linear, fisher)]
-        peak = [max(m.memory for m in merges) / MIB for merges in (linear, fisher)]
         bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
         cells = [
             str(number), f"{wall[0]:.2f}", f"{wall[1]:.2f}", f"{wall[1] / wall[0]:.2f}",
             f"{cpu[1] / cpu[0]:.2f}",
             f"{min(cold['fisher']) / min(cold['linear']):.2f}" if options.cold else "",
             f"{bytes_read[1] / bytes_read[0]:.2f}",
-            *(f"{p:,.0f}" for p in peak), f"{4 * largest / MIB:,.0f}",
+            *(f"{memory[method]:,.0f}" for method in METHODS), f"{4 * largest / MIB:,.0f}",
         ]  # fmt: skip
         print(f"{'':16}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
 
@@ -198,19 +210,35 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
+def give_memory(size: int) -> None:
+    """Have bytes of memory used by a process that ends, as many as there are."""
+    size = min(size, psutil.virtual_memory().available * 3 // 4)
+    process = PROCESSES.Process(target=_use, args=(size,))
+    process.start()
+    process.join()
+
+
+def _use(size: int) -> None:
+    memory = mmap.mmap(-1, size)
+    for page in range(0, size, mmap.PAGESIZE):
+        memory[page] = 1
+
+
 @dataclass(frozen=True)
 class Merge:
-    """Seconds of one merge, and the bytes that it held at most."""
+    """Seconds of one merge, and the bytes that it held at most if it was watched."""
 
     wall: float
     cpu: float
     memory: int
 
 
-def merge_alone(models: Sequence[Path], method: str, out: Path, options: Any) -> Merge:
+def merge_alone(
+    models: Sequence[Path], method: str, out: Path, options: Any, *, watch: bool = False
+) -> Merge:
     """Merge in a process of its own."""
     ours, theirs = PROCESSES.Pipe(duplex=False)
-    given = (theirs, models, method, out, options.threads, options.shard)
+    given = (theirs, models, method, out, options.threads, options.shard, watch)
     process = PROCESSES.Process(target=_merge, args=given)
     os.sync()  # what an earlier merge has written
     process.start()
@@ -225,7 +253,7 @@ def merge_alone(models: Sequence[Path], method: str, out: Path, options: Any) ->
 
 
 def _merge(
-    pipe: Any, models: Sequence[Path], method: str, out: Path, threads: int, shard: int
+    pipe: Any, models: Sequence[Path], method: str, out: Path, threads: int, shard: int, watch: bool
 ) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
@@ -238,11 +266,11 @@ def _merge(
     }
     config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
     merge_options = MergeOptions(copy_tokenizer=False, quiet=True, out_shard_size=shard)
-    with Peak() as peak:
+    with Peak() if watch else contextlib.nullcontext() as peak:  # watching takes time
         cpu, wall = time.process_time(), time.perf_counter()
         run_merge(config, str(out), merge_options)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    pipe.send(Merge(wall, cpu, peak.held))
+    pipe.send(Merge(wall, cpu, peak.held if peak else 0))
 
 
 class Peak:
