@@ -1,8 +1,7 @@
 """mergekit graph tasks: merge what was loaded, copy what is not merged.
 
-    LoadTheta × n ───── Together ────┐
-    LoadPrecision × n ─ Together ────┼── MergeTask ── (mergekit's SaveTensor or ReturnTensor)
-        └ of inputs: SharedTask ─────┘
+    LoadTheta × n, LoadPrecision × n ─ Together ─┬─ MergeTask ── (mergekit's SaveTensor)
+                      └ of inputs: SharedTask ───┘
     MergeTask × parts ── ConvertTask
     LoadTheta ── CopyTask
 
@@ -14,6 +13,7 @@ does not stay in memory for longer.
 from __future__ import annotations
 
 import functools
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import torch
@@ -96,16 +96,21 @@ class MergeTask(Task[torch.Tensor]):
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return the tasks that load the thetas and their precisions."""
-        arguments: dict[str, Task[Any]] = {"thetas": Together(tasks=self.thetas)}
-        for part in range(max(map(len, self.precisions))):
-            # Apart: the inputs' are those that other layers share.
-            own = tuple(parts[part] for parts in self.precisions if part < len(parts))
-            arguments[f"precisions_{part}"] = Together(tasks=own)
-        if self.present:
-            arguments["present"] = Together(tasks=self.present)
+        groups = self._groups()
+        if self.shared is None:  # one task, because nothing in it is what others need, too
+            groups = [tuple(task for group in groups for task in group)]
+        arguments: dict[str, Task[Any]] = {
+            f"group_{number}": Together(tasks=group) for number, group in enumerate(groups)
+        }
         if self.shared is not None:
             arguments["shared"] = self.shared
         return arguments
+
+    def _groups(self) -> list[tuple[Task[torch.Tensor], ...]]:
+        """Return what is loaded: thetas, rows, then precisions, their first parts first."""
+        parts = range(max(map(len, self.precisions)))
+        columns = [tuple(p[part] for p in self.precisions if part < len(p)) for part in parts]
+        return [group for group in (self.thetas, self.present, *columns) if group]
 
     def group_label(self) -> str:
         """Return the output tensor's name, or the label of the layers that share their inputs."""
@@ -115,22 +120,20 @@ class MergeTask(Task[torch.Tensor]):
         """Ask mergekit to move all inputs to the device that computes."""
         return True
 
-    def execute(
-        self,
-        thetas: tuple[torch.Tensor, ...],
-        present: tuple[torch.Tensor, ...] = (),
-        shared: Any = None,
-        **loaded: tuple[torch.Tensor, ...],
-    ) -> torch.Tensor:
+    def execute(self, shared: Any = None, **groups: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the merged tensor; computed in float32 or better, rounded once.
 
         Raises:
             CheckpointError: the result is not finite; names the model whose weights are not.
         """
-        columns = [iter(loaded[f"precisions_{part}"]) for part in range(len(loaded))]
-        precisions = [
-            tuple(next(columns[part]) for part in range(len(parts))) for parts in self.precisions
-        ]
+        loaded = chain.from_iterable(groups[f"group_{number}"] for number in range(len(groups)))
+        thetas = tuple(islice(loaded, len(self.thetas)))
+        present = tuple(islice(loaded, len(self.present)))
+        parts: list[list[torch.Tensor]] = [[] for _ in self.precisions]
+        for part in range(max(map(len, self.precisions))):
+            for tasks, found in zip(self.precisions, parts, strict=True):
+                found.extend(islice(loaded, 1 if part < len(tasks) else 0))
+        precisions = [tuple(found) for found in parts]
         options = dict(self.options)
         if self.shared is not None:
             options["shared"] = shared
@@ -232,7 +235,11 @@ class CopyTask(Task[torch.Tensor]):
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: neither end is. `isfinite` takes many times longer."""
+    """Whether no value is NaN or infinite; `isfinite` takes many times longer than both of these.
+
+    A sum is not finite if a value is not. But that of large numbers may overflow, and then both
+    ends are looked at.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(end.isfinite() for end in tensor.aminmax())
+    return bool(tensor.sum().isfinite()) or all(end.isfinite() for end in tensor.aminmax())

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 3 << 14
-"""Elements that each thread of a CPU merges at once: 192 KiB of float32 a tensor, of which eight or
-nine are in use at a time. More of them do not fit into the usual 2 MiB, and of fewer each costs as
-much to begin."""
+"""Elements that each thread of a CPU merges at once: 192 KiB of float32 a tensor. Eight or nine are
+in use at a time, and more would not fit into a second-level cache of 2 MiB; smaller blocks cost as
+much to start."""
 BLOCK_ELSEWHERE = 1 << 24
 """On other devices, where what counts is how often a kernel is started."""
 
@@ -162,7 +162,7 @@ class Blocks:
 
     Args:
         formers: of all models' weights; the first one's counts from the start.
-        memory: four times a block's, to compute in.
+        memory: four tensors as long as a block, to compute in.
         positive: whether the sum of weights is known to be.
     """
 

@@ -10,9 +10,9 @@ from torch import Tensor
 def new_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor with no values yet.
 
-    On a CPU numpy gets its memory, which asks Linux for huge pages where there is much of it: what
-    a process has never used it is given page by page, at its first touch, and so four times slower
-    in small ones.
+    On a CPU it is numpy's memory. Of 4 MiB and more numpy asks Linux to give it in huge pages.
+    Memory that a process has not used before is given page by page, as each is first touched, and
+    in small pages that takes three times as long.
     """
     if device.type != "cpu" or not shape.numel():
         return torch.empty(shape, dtype=dtype, device=device)

@@ -17,9 +17,10 @@ from pathlib import Path
 BEHIND = 1 << 25
 """Bytes behind a tensor that are read with it: files have tensors in their names' order, in which
 they are merged, too."""
-
 ADVISED = 1 << 17
 """Bytes that Linux may read ahead at once; it cuts longer advice down to its own limit."""
+CRUMB = 1 << 16
+"""Bytes below which a piece is better forgotten than kept in the system's cache."""
 
 
 @contextlib.contextmanager
@@ -34,32 +35,37 @@ def descriptor_of(file: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def at_hand(pieces: Mapping[Path, Sequence[tuple[int, int]]]) -> Iterator[None]:
-    """Have the system read pieces of files, (offset, size), many at once, and forget them after.
+    """Have the system read pieces of files, (offset, size), at once; it forgets small ones after.
 
     What is in its cache in single pages splits what is read around it later into single pages, too.
-    What was there before is left alone.
+    Files whose last piece is in the cache are left alone: so most likely are the others, and advice
+    takes time, too.
     """
-    asked = {file: wanted for file, wanted in pieces.items() if _advise(file, wanted, "WILLNEED")}
-    yield
-    for file, wanted in asked.items():
-        _advise(file, wanted, "DONTNEED")
+    fresh: dict[Path, list[tuple[int, int]]] = {}
+    for file, wanted in pieces.items():
+        cached = _is_cached(file, sum(wanted[-1]))
+        if not cached:
+            _advise(file, wanted, "WILLNEED")
+        if cached is False:
+            fresh[file] = [(offset, size) for offset, size in wanted if size < CRUMB]
+    try:
+        yield
+    finally:
+        for file, small in fresh.items():
+            _advise(file, small, "DONTNEED")
 
 
-def _advise(file: Path, pieces: Sequence[tuple[int, int]], advice: str) -> bool:
-    """Say so of pieces of a file; not, if the last one is to be read but is in memory already."""
+def _advise(file: Path, pieces: Sequence[tuple[int, int]], advice: str) -> None:
+    """Give Linux advice on pieces of a file, in whole pages: parts of one are not forgotten."""
     code = getattr(os, f"POSIX_FADV_{advice}", None)
     if code is None:
-        return False
+        return
     with contextlib.suppress(OSError), descriptor_of(file) as descriptor:
-        if advice == "WILLNEED" and _is_cached(descriptor, sum(pieces[-1])):
-            return False  # so most likely is the rest, and advice takes time, too
         for offset, size in pieces:
-            first = offset - offset % mmap.PAGESIZE  # only whole pages are forgotten
+            first = offset - offset % mmap.PAGESIZE
             for start in range(first, offset + size, ADVISED):
                 length = min(ADVISED, offset + size - start)
                 os.posix_fadvise(descriptor, start, length + -length % mmap.PAGESIZE, code)
-        return True
-    return False
 
 
 class Stream:
@@ -77,35 +83,40 @@ class Stream:
         self._asked = 0
 
     def ask_for(self, start: int, stop: int) -> None:
-        """Have these bytes read and those behind them, half a window at least."""
+        """Have these bytes read and up to `BEHIND` more, at least half of that at a time."""
         begin, end = max(start, self._asked), stop + BEHIND
         if end - begin < BEHIND // 2:
             return
         self._asked = end
-        with contextlib.suppress(OSError), descriptor_of(self._file) as descriptor:
-            if _is_cached(descriptor, end):
-                return
-        threading.Thread(target=_pull, args=(self._file, begin, end), daemon=True).start()
+        if not _is_cached(self._file, end):
+            with contextlib.suppress(RuntimeError):  # as many threads as there may be
+                threading.Thread(target=_pull, args=(self._file, begin, end), daemon=True).start()
 
 
 def _pull(file: Path, begin: int, end: int) -> None:
     """Read bytes to nowhere: the system keeps them, and this process needs no memory for them."""
-    with (
-        contextlib.suppress(OSError, AttributeError),
-        descriptor_of(file) as source,
-        open(os.devnull, "wb") as nowhere,
-    ):
-        while begin < end:
-            done = os.sendfile(nowhere.fileno(), source, begin, end - begin)
-            if not done:
-                return
-            begin += done
+    with contextlib.suppress(OSError, AttributeError), descriptor_of(file) as source:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            while begin < end:
+                done = os.sendfile(nowhere, source, begin, end - begin)
+                if not done:
+                    return
+                begin += done
+        finally:
+            os.close(nowhere)
 
 
-def _is_cached(descriptor: int, end: int) -> bool:
-    """Whether the system has the last byte before `end`, as far as it tells without reading it."""
+def _is_cached(file: Path, end: int) -> bool | None:
+    """Whether the system has the last byte before `end`, or of the file; None if it does not tell.
+
+    The question does not wait for the disk, but the system may begin to read that page.
+    """
     try:
-        last = min(end, os.fstat(descriptor).st_size) - 1
-        return bool(os.preadv(descriptor, [bytearray(1)], max(0, last), os.RWF_NOWAIT))
-    except (AttributeError, OSError):
+        with descriptor_of(file) as descriptor:
+            last = min(end, os.fstat(descriptor).st_size) - 1
+            return bool(os.preadv(descriptor, [bytearray(1)], max(0, last), os.RWF_NOWAIT))
+    except BlockingIOError:
         return False
+    except (AttributeError, OSError):
+        return None

@@ -5,7 +5,8 @@
 Models of Llama's architecture and their Fishers, random numbers in one dtype each, are merged by
 mergekit's own code, every merge in a process of its own that begins with everything imported. There
 are two models of each size; of four and eight the others are hard links to those two, so that they
-need no room. Linear and Fisher take turns, and of each the fastest round counts.
+need no room (`--copies` makes them copies, so that all are read from the disk). Linear and Fisher
+take turns, and of each the fastest round counts.
 
 `cached` is with the files in the system's cache, read there in order; CPU time leaves out what
 waits for other programs. `cold` is the time on the wall after the system was told to forget the
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", type=int, default=200_000_000, help="bytes of an output shard")
     parser.add_argument("--folder", help="where to make the models (default: the system's)")
+    parser.add_argument("--copies", action="store_true", help="copies in place of hard links")
     parser.add_argument("--smoke", action="store_true", help="does it run? small models")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report(size: Size, folder: Path, options: Any) -> None:
     """Print the rows of one size."""
-    models = make_all(size, folder, max(options.models))
+    models = make_all(size, folder, max(options.models), copies=options.copies)
     infos = [*Checkpoint(models[0]).values()]
     count, largest = sum(i.count for i in infos), max(i.count for i in infos)
     print(f"{size.name} ({count / 1e6:,.0f}M parameters, the largest tensor {largest / 1e6:,.1f}M)")
@@ -135,7 +137,7 @@ def report(size: Size, folder: Path, options: Any) -> None:
         for _ in range(options.cold):
             for method in METHODS:
                 forget(folder)
-                give_memory(3 * total([*chosen[:2], *(m / "sidecar" for m in chosen[:2])]) // 2)
+                give_memory(3 * total([*chosen, *(m / "sidecar" for m in chosen)]) // 2)
                 cold[method].append(merge_alone(chosen, method, folder / "out", options).wall)
         linear, fisher = (found[method] for method in METHODS)
         wall = [min(m.wall for m in merges) for merges in (linear, fisher)]
@@ -151,8 +153,8 @@ def report(size: Size, folder: Path, options: Any) -> None:
         print(f"{'':16}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
 
 
-def make_all(size: Size, folder: Path, count: int) -> list[Path]:
-    """Write two models with their Fishers, and the others as hard links to them."""
+def make_all(size: Size, folder: Path, count: int, *, copies: bool) -> list[Path]:
+    """Write two models with their Fishers, and the others as hard links to them, or copies."""
     models = [folder / str(number) for number in range(count)]
     for number, model in enumerate(models):
         if number < 2:
@@ -163,7 +165,8 @@ def make_all(size: Size, folder: Path, count: int) -> list[Path]:
             if process.exitcode:
                 sys.exit("a model could not be made")
         else:
-            shutil.copytree(models[number % 2], model, copy_function=os.link)
+            copy = shutil.copy2 if copies else os.link
+            shutil.copytree(models[number % 2], model, copy_function=copy)
     return models
 
 
@@ -216,6 +219,8 @@ def give_memory(size: int) -> None:
     process = PROCESSES.Process(target=_use, args=(size,))
     process.start()
     process.join()
+    if process.exitcode:
+        sys.exit("there is less memory than the system says")
 
 
 def _use(size: int) -> None:

@@ -145,6 +145,16 @@ class TestSidecars:
         ):
             merged(recipe_of(*pair), tmp_path / "out")
 
+    def test_a_zero_with_a_minus_sign_is_none(self, pair, tmp_path):
+        fishers = random_fishers(pair[1], 1)
+        merges = []
+        for zero in (0.0, -0.0):
+            fishers["classifier.bias"][0] = zero
+            write_fishers(pair[1], fishers)
+            merges.append(merged(recipe_of(*pair), tmp_path / f"out{zero}"))
+        one, other = merges
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
     def test_all_zero(self, pair, tmp_path):
         fishers = {n: f.zero_() for n, f in random_fishers(pair[1], 1).items()}
         fishers["classifier.bias"][0] = 1  # the head knows something, but is not merged
