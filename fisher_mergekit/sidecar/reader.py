@@ -35,7 +35,7 @@ def scan(tensor: torch.Tensor) -> tuple[str, bool]:
         block = values[start : start + step]
         hasher.update(block.data)
         greatest = max(greatest, int(block.max()))
-    infinity = torch.tensor(torch.inf).to(tensor.dtype).view(bits).item()
+    infinity = torch.tensor(torch.inf, device="cpu").to(tensor.dtype).view(bits).item()
     return hasher.hexdigest(), greatest < infinity
 
 
