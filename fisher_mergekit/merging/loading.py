@@ -178,10 +178,8 @@ class Together(Task[tuple[torch.Tensor, ...]]):
 
     def execute(self, **made: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors."""
-        here = dict.fromkeys(t for i, t in enumerate(self.tasks) if str(i) not in made)
-        loaded = {task: task.execute() for task in here}
         return tuple(
-            made[str(i)] if str(i) in made else loaded[task] for i, task in enumerate(self.tasks)
+            made[str(i)] if str(i) in made else task.execute() for i, task in enumerate(self.tasks)
         )
 
     def priority(self) -> int:
