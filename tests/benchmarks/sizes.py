@@ -10,8 +10,8 @@ take turns, and of each the fastest round counts.
 
 `cached` is with the files in the system's cache, read there in order; CPU time leaves out what
 waits for other programs. `cold` is the time on the wall after the system was told to forget the
-files (`posix_fadvise`), and `read` how many times linear's bytes a Fisher merge reads. Before it,
-all memory that a merge will take is used once: a virtual machine may have to get it from its host
+files (`posix_fadvise`), and `read` how many times linear's bytes a Fisher merge reads. Before each
+merge all memory that is free is used once: a virtual machine may have to get it from its host
 first, which takes longer than the disk. Memory is the most that a process held at any moment of a
 merge that is not timed above what it had before (`RssAnon`: without mapped files, which the system
 takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
@@ -137,7 +137,6 @@ def report(size: Size, folder: Path, options: Any) -> None:
         for _ in range(options.cold):
             for method in METHODS:
                 forget(folder)
-                give_memory(3 * total([*chosen, *(m / "sidecar" for m in chosen)]) // 2)
                 cold[method].append(merge_alone(chosen, method, folder / "out", options).wall)
         linear, fisher = (found[method] for method in METHODS)
         wall = [min(m.wall for m in merges) for merges in (linear, fisher)]
@@ -213,9 +212,9 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def give_memory(size: int) -> None:
-    """Have bytes of memory used by a process that ends, as many as there are."""
-    size = min(size, psutil.virtual_memory().available * 3 // 4)
+def give_memory() -> None:
+    """Have the memory that is free used by a process that ends; what is cached stays there."""
+    size = psutil.virtual_memory().free * 9 // 10
     process = PROCESSES.Process(target=_use, args=(size,))
     process.start()
     process.join()
@@ -246,6 +245,7 @@ def merge_alone(
     given = (theirs, models, method, out, options.threads, options.shard, watch)
     process = PROCESSES.Process(target=_merge, args=given)
     os.sync()  # what an earlier merge has written
+    give_memory()
     process.start()
     theirs.close()
     try:
