@@ -42,6 +42,7 @@ from running import recipe_of
 from torch import Tensor, nn
 
 from fisher_mergekit.cli import main as mergekit_fisher
+from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch, Example
 from fisher_mergekit.measure.job import Job
 from fisher_mergekit.measure.likelihoods import likelihood_for
@@ -139,7 +140,10 @@ def measure(
     )
     if example(architecture, 0) is not None:
         prepared = _prepared(architecture, job)
-        precompute(prepared)
+        try:
+            precompute(prepared)
+        except MeasureError as error:
+            raise Refused(str(error)) from error
         return prepared.examples
     words = ["precompute", "--quiet", "--model", str(folder), "--out", str(job.out)]
     words += ["--kind", ",".join(kinds)]
@@ -207,6 +211,17 @@ def load(architecture: str, folder: Path) -> nn.Module:
     assert not info["missing_keys"], info
     assert not info["mismatched_keys"], info
     return model
+
+
+def runs(architecture: str) -> bool:
+    """Return whether transformers alone computes anything with a model of an architecture."""
+    one = example(architecture, 0)
+    assert one is not None
+    try:
+        zoo.build(architecture)(**one.inputs)
+    except AttributeError:
+        return False
+    return True
 
 
 def _compared(

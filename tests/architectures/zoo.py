@@ -272,11 +272,18 @@ UNMERGED: dict[str, tuple[str, str]] = {
 }
 """What mergekit cannot merge by any method: why, and the beginning of the message."""
 
+BROKEN = {
+    "Llama4ForConditionalGeneration": "5.24.0 reads `image_outputs` of an output without any",
+}
+"""What a version of transformers cannot run by itself, where the tests have met one."""
+
 REMARKS = {
     "FalconForCausalLM": "as Falcon-40B: mergekit's file knows no biases and no tied head",
     "Gemma3ForConditionalGeneration": "pictures and text",
     "GPTNeoXForCausalLM": "files with the buffers that transformers 4 wrote: mergekit demands them",
-    "Llama4ForConditionalGeneration": "pictures and text, packed experts",
+    "Llama4ForConditionalGeneration": (
+        "pictures and text, packed experts; transformers 5.24.0 itself cannot run it"
+    ),
     "Mistral3ForConditionalGeneration": "pictures and text",
     "PhiForCausalLM": "without `qk_layernorm`, which mergekit's file does not know",
     "Qwen2VLForConditionalGeneration": "pictures and text",
