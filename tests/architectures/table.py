@@ -64,6 +64,7 @@ def row(entry: zoo.Entry, report: Report | None) -> tuple[str, ...]:
     if report is None:
         return (*first, "–", "", "–", "–", str(entry.absent))
     if report.error is None:
+        assert entry.architecture in zoo.BODIES, report.refusal
         return (*first, "no", "", "no", "no", "no head, so no p(y\\|x): see the ones with a head")
     assert report.factors is not None
     remarks = [zoo.REMARKS.get(entry.architecture, "")]
