@@ -11,7 +11,7 @@ take turns, and of each the fastest round counts.
 `cached` is with the files in the system's cache, read there in order; CPU time leaves out what
 waits for other programs. `cold` is the time on the wall after the system was told to forget the
 files (`posix_fadvise`), and `read` how many times linear's bytes a Fisher merge reads. Before each
-merge all memory that is free is used once: a virtual machine may have to get it from its host
+merge some GiB of free memory are used once: a virtual machine may have to get it from its host
 first, which takes longer than the disk. Memory is the most that a process held at any moment of a
 merge that is not timed above what it had before (`RssAnon`: without mapped files, which the system
 takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
@@ -53,6 +53,8 @@ METHODS = ("linear", "fisher")
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["__main__", "fisher_mergekit.merging.planner"])
 MIB = 1 << 20
+GIVEN = 6 << 30
+"""Bytes that are used before each merge: what it reads and writes goes there first."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3, help="the fastest counts (default: 3)")
     parser.add_argument("--cold", type=int, default=2, help="cold rounds (default: 2)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shard", type=int, default=200_000_000, help="bytes of an output shard")
     parser.add_argument("--folder", help="where to make the models (default: the system's)")
     parser.add_argument("--copies", action="store_true", help="copies in place of hard links")
@@ -213,8 +215,11 @@ def forget(folder: Path) -> None:
 
 
 def give_memory() -> None:
-    """Have the memory that is free used by a process that ends; what is cached stays there."""
-    size = psutil.virtual_memory().free * 9 // 10
+    """Have free memory used by a process that ends; what is cached stays there.
+
+    Not all of it: some seconds later it is given back, and that takes time, too.
+    """
+    size = min(GIVEN, psutil.virtual_memory().free * 9 // 10)
     process = PROCESSES.Process(target=_use, args=(size,))
     process.start()
     process.join()
