@@ -31,7 +31,7 @@ from tokenizers_of_words import WORDS, give_tokenizer
 from fisher_mergekit.cli.precompute import precompute
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.precision import fisher, solve
-from fisher_mergekit.sidecar.location import reading_place
+from fisher_mergekit.sidecar.location import reading_places
 from fisher_mergekit.sidecar.reader import Sidecar
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -58,14 +58,14 @@ def prepare(recipe: dict) -> None:
         calibration = {**recipe.get("calibration", {}), **entry["calibration"]}
         model, _, adapter = entry["model"].partition("+")
         base, options = Path(model), {}
-        if "label" in calibration:
+        if "label" in calibration or "sentiment" in model:  # RegMean needs none
             family, options = "bert", {"num_labels": LABELS.get(model, 2)}
         else:
             family = "mixtral" if "moe" in model else "llama"
             options = {"num_hidden_layers": layers}
         if not base.exists():
             make_model(base, family, seed=number, **options)
-            give_tokenizer(base, chat="messages" in calibration, pairs="label" in calibration)
+            give_tokenizer(base, chat="messages" in calibration, pairs=family == "bert")
         if adapter:
             make_adapter(Path(adapter), base, model_class="LlamaForCausalLM", seed=number,
                          target_modules=["q_proj", "v_proj"])  # fmt: skip
@@ -150,7 +150,7 @@ class Input:
         self.parameters = entry.get("parameters", {})
         owner = reference.lora or reference.model
         base = str(reference.model) if reference.lora else None
-        self.place = reading_place(owner.path, None, Path(owner.path), base)
+        self.place = reading_places(owner.path, None, Path(owner.path), base)[0]
 
     def sidecar(self, kind: str) -> Sidecar:
         return Sidecar(self.place, kind)

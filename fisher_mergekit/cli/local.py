@@ -15,7 +15,7 @@ from mergekit.common import ModelPath, ModelReference
 from fisher_mergekit.errors import CheckpointError, RecipeError
 from fisher_mergekit.measure.adapter import base_of, is_adapter
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
-from fisher_mergekit.sidecar.location import reading_place, writing_place
+from fisher_mergekit.sidecar.location import reading_places, writing_place
 
 _READING_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt",
@@ -54,14 +54,14 @@ class LocalModel:
         tokenizer: the tokenizer, or what else turns data into inputs: the adapter's own if it has
             one, and else its model's.
         base: if `folder` is an adapter alone, the model that it was trained on.
-        present: where its sidecar is read from.
+        present: where its sidecars are read from.
         out: where its sidecar is written to.
     """
 
     folder: Path
     tokenizer: Path
     base: Path | None
-    present: Path
+    present: tuple[Path, ...]
     out: Path
 
 
@@ -80,7 +80,7 @@ def find(reference: ModelReference, storage: Storage) -> LocalModel:
             folder=_merged(reference, storage),
             tokenizer=adapter if _can_read(adapter) else first,
             base=None,
-            present=reading_place(*owner, adapter, str(path)),
+            present=reading_places(*owner, adapter, str(path)),
             out=writing_place(*owner, str(path)),
         )
     base = None
@@ -90,7 +90,7 @@ def find(reference: ModelReference, storage: Storage) -> LocalModel:
         folder=first,
         tokenizer=base if base is not None and not _can_read(first) else first,
         base=base,
-        present=reading_place(path.path, path.revision, first),
+        present=reading_places(path.path, path.revision, first),
         out=writing_place(path.path, path.revision),
     )
 

@@ -32,6 +32,7 @@ from fisher_mergekit.recipe import (
     read_calibration,
     read_recipe,
 )
+from fisher_mergekit.sidecar.location import holding
 from fisher_mergekit.sidecar.page import what_was_read
 
 _REPEATED = ("text", "choices")
@@ -162,7 +163,7 @@ def precompute(
                 folder=local.folder,
                 tokenizer=local.tokenizer,
                 base=local.base,
-                present=given or local.present,
+                present=(given,) if given else local.present,
                 out=given or local.out,
                 kinds=kinds or default_kinds,
                 calibration=calibration,
@@ -180,7 +181,8 @@ def precompute(
         raise PlanningError(problems)
     for job in valid:
         if not quiet:
-            click.echo(f"{job.reference}: {job.present} is valid, nothing to measure.")
+            places = dict.fromkeys(str(holding(job.present, kind)) for kind in job.kinds)
+            click.echo(f"{job.reference}: {' and '.join(places)} is valid, nothing to measure.")
     for prepared in waiting:
         job = prepared.job
         with _ProgressBar(f"Measuring {job.reference}", quiet) as progress:
@@ -301,5 +303,5 @@ def _summary(
         more += " --trust-remote-code" if storage.trust_remote_code else ""
         click.echo(f"Next: mergekit-yaml {recipe} merged/{more}")
     else:
-        place = jobs[0].out if measured else jobs[0].present
+        place = jobs[0].out if measured else holding(jobs[0].present, jobs[0].kinds[0])
         click.echo(f"Next: mergekit-fisher inspect {place}")

@@ -16,6 +16,7 @@ from fisher_mergekit.measure.sources.optimizer import identify
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Measurement
+from fisher_mergekit.sidecar.location import holding
 from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.sidecar.writer import SHARD_SIZE
 
@@ -39,7 +40,7 @@ class Job:
         folder: its local files.
         tokenizer: the folder of its tokenizer or image processor.
         base: if it is an adapter alone, the local files of the model that it was trained on.
-        present: where its sidecar is read from, if it has one already.
+        present: where its sidecars are read from, if it has some already.
         out: the folder to write its sidecar to.
         kinds: what to measure, in one pass.
         calibration: on what, and how.
@@ -49,7 +50,7 @@ class Job:
     revision: str | None
     folder: Path
     tokenizer: Path
-    present: Path
+    present: tuple[Path, ...]
     out: Path
     kinds: tuple[str, ...]
     calibration: Calibration
@@ -90,24 +91,25 @@ def existing_sidecar(job: Job, kind: str) -> Sidecar | None:
     Raises:
         SidecarError: it is valid, but was measured in another way than the recipe asks for.
     """
+    present = holding(job.present, kind)
     try:
-        sidecar = Sidecar(job.present, kind)
+        sidecar = Sidecar(present, kind)
     except SidecarError:
         return None
     checkpoint = job.checkpoint()
     names = [name for name in sidecar.weights if name in checkpoint]
     if len(names) != len(sidecar.weights) or sidecar.foreign(checkpoint, names):
         of = sidecar.header.model.reference
-        if job.folder not in job.present.parents and of != job.reference:
+        if job.folder not in present.parents and of != job.reference:
             raise SidecarError(
-                f"{job.present} is the sidecar of other weights, measured as {of}. Give this model "
+                f"{present} is the sidecar of other weights, measured as {of}. Give this model "
                 "another `sidecar:` (--out), or write over it with --force."
             )
         return None
     differences = _differences(job, kind, sidecar.measurement)
     if differences:
         raise SidecarError(
-            f"{job.present} was measured in another way than asked for now: "
+            f"{present} was measured in another way than asked for now: "
             f"{'; '.join(differences)}. "
             "Measure it again with --force, or ask for what is there."
         )

@@ -24,7 +24,7 @@ from fisher_mergekit import __version__
 from fisher_mergekit.errors import some
 from fisher_mergekit.merging.slots import Slot
 from fisher_mergekit.merging.ways import IDENTITY, PRIOR_KIND, Decision
-from fisher_mergekit.methods import METHODS, PRIOR_SIDECAR
+from fisher_mergekit.methods import METHODS
 from fisher_mergekit.sidecar.header import NONE, Header
 from fisher_mergekit.sidecar.page import KIND_NAMES
 
@@ -218,7 +218,7 @@ def _parameters(keys: Iterable[str], decision: Decision) -> Iterator[str]:
     told = []
     for key in keys:
         values = list(dict.fromkeys(json.dumps(o[key]) for o in options if key in o))
-        if values and key != PRIOR_SIDECAR.name:
+        if values:
             told.append(f"`{key}` {', '.join(values) if len(values) <= LISTED else 'varies'}")
     if told:
         yield ", ".join(told)

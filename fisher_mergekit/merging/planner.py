@@ -15,6 +15,7 @@ from fisher_mergekit.errors import PlanningError, Problems
 from fisher_mergekit.merging import (
     card,
     checks,
+    command,
     depth,
     exclude,
     output,
@@ -68,7 +69,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     config = planner.config
     describe_by_output(planner)
     sliced = is_sliced(config)  # before mergekit turns everything into slices
-    problems = Problems(checks.recipe(config))
+    problems = Problems([*command.dropped(), *checks.recipe(config)])
     patterns = problems.of(exclude_patterns(config))
     stray = checks.walk(config, planner.arch_info)
     if stray:
@@ -178,7 +179,8 @@ def decide(
     opened = problems.of(sidecars.open_all(names, kinds, files, remedies))
     bases = problems.of(priors.base_sources(merged, resolved, config, files))
     if bases:
-        prior = problems.of(priors.open_prior(bases, config, files, given))
+        is_listed = config.base_model in sources
+        prior = problems.of(priors.open_prior(bases, config, files, remedies, is_listed=is_listed))
         if prior is not None:
             opened[next(iter(bases.values())).model, PRIOR_KIND] = prior
     if not all(settings.options.get("allow_mixed") for settings in resolved.values()):

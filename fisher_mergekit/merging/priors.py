@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from fisher_mergekit.errors import some
 from fisher_mergekit.merging import sidecars
 from fisher_mergekit.merging.files import Files
-from fisher_mergekit.merging.remedies import command_for
+from fisher_mergekit.merging.remedies import Remedies, command_for
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source, part_names
 from fisher_mergekit.methods import PRIOR, PRIOR_SIDECAR
@@ -119,7 +118,9 @@ def open_prior(
     bases: Mapping[str, Source],
     config: MergeConfiguration,
     files: Files,
-    given: Mapping[ModelReference, Path],
+    remedies: Remedies,
+    *,
+    is_listed: bool,
 ) -> tuple[Sidecar | None, list[str]]:
     """Open the base's sidecar, and check it against the base.
 
@@ -127,7 +128,9 @@ def open_prior(
         bases: the base's tensors, some.
         config: the recipe.
         files: every model's tensors.
-        given: the sidecars that the recipe names for its models, perhaps the base's too.
+        remedies: for messages; knows the sidecars that the recipe names for its models, perhaps
+            the base's too.
+        is_listed: whether the base is one of the models, too.
     """
     base = config.base_model
     assert base is not None
@@ -137,11 +140,13 @@ def open_prior(
             f"parameters: {PRIOR_SIDECAR.name}: expected a folder or a .safetensors file, got "
             f"{named!r}."
         ]
-    place = Path(named) if named else given.get(base)
-    path = place or sidecars.place_of(base, files[base].checkpoint.folder)
+    own = remedies.given.get(base)
+    place = Path(named) if named else own
+    path = place or sidecars.place_of(base, files[base].checkpoint.folder, KIND)
     names = part_names(bases.values())
-    # The base need not be one of the recipe's models, so it is measured by itself.
-    remedy = command_for(base, KIND, place)
+    # With its recipe a model is measured once, and into its own place.
+    apart = is_listed and place != own
+    remedy = command_for(base, KIND, place) if apart else remedies.of(base, KIND, place)
     return sidecars.open_checked(base, path, KIND, files[base], names, remedy)
 
 

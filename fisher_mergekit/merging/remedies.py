@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+
+from fisher_mergekit.merging import command
 
 MEASURE = "Run: mergekit-fisher precompute"
 DEFAULT_KIND = "fisher"
@@ -28,13 +29,12 @@ class Remedies:
     @property
     def one_by_one(self) -> bool:
         """Whether it is one of several in a file for mergekit-multi, which `precompute` refuses."""
-        context = click.get_current_context(silent=True)
-        callback = context.command.callback if context is not None else None
-        return getattr(callback, "__module__", None) == "mergekit.scripts.multimerge"
+        return command.is_one_of_several()
 
-    def of(self, model: ModelReference, kind: str) -> str:
-        """Return the sentence with the command that measures a kind of a model."""
-        return command_for(model, kind, self.given.get(model), one_by_one=self.one_by_one)
+    def of(self, model: ModelReference, kind: str, place: Path | None = None) -> str:
+        """Return the sentence with the command that measures a kind of a model, for a place."""
+        place = place or self.given.get(model)
+        return command_for(model, kind, place, one_by_one=self.one_by_one)
 
     @property
     def of_all(self) -> str:

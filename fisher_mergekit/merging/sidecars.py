@@ -15,7 +15,7 @@ from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
-from fisher_mergekit.sidecar.location import reading_place
+from fisher_mergekit.sidecar.location import holding, reading_places
 from fisher_mergekit.sidecar.reader import Sidecar
 
 COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
@@ -64,7 +64,9 @@ def open_all(
     problems: list[str] = []
     for kind in kinds:
         for model, merged in names.items():
-            path = remedies.given.get(model) or place_of(model, files[model].checkpoint.folder)
+            path = remedies.given.get(model) or place_of(
+                model, files[model].checkpoint.folder, kind
+            )
             remedy = remedies.of(model, kind)
             found, told = open_checked(model, path, kind, files[model], merged, remedy)
             problems += told
@@ -73,18 +75,20 @@ def open_all(
     return opened, problems
 
 
-def place_of(model: ModelReference, folder: Path) -> Path:
-    """Return where a model's sidecar is, if the recipe does not say.
+def place_of(model: ModelReference, folder: Path, kind: str) -> Path:
+    """Return where a model's sidecar of a kind is, if the recipe does not say.
 
     Args:
         model: with or without an adapter.
         folder: the model's local files; not asked for with an adapter.
     """
     if model.lora is None:
-        return reading_place(model.model.path, model.model.revision, folder)
+        places = reading_places(model.model.path, model.model.revision, folder)
+        return holding(places, kind)
     adapter = ModelReference(model=model.lora)
     snapshot = Path(adapter.local_path(cache_dir=LoaderCache().hf_cache_dir))
-    return reading_place(model.lora.path, model.lora.revision, snapshot, str(model.model))
+    places = reading_places(model.lora.path, model.lora.revision, snapshot, str(model.model))
+    return holding(places, kind)
 
 
 def given_paths(config: MergeConfiguration) -> tuple[dict[ModelReference, Path], list[str]]:

@@ -248,13 +248,13 @@ def _is_again(sidecar: Sidecar, name: str, twins: Iterable[str], measured: Itera
 def _half(slot: Slot, way: Way, described: Sequence[bool], remedies: Remedies) -> str:
     having = way.sources[described.index(True)]
     lacking = way.sources[described.index(False)]
-    if not way.sidecars[described.index(True)].measurement.factors:
-        return (
-            f"{slot.name} was measured in {having.model}, but in {lacking.model} it is "
-            "no parameter and was not. Keep it out with `exclude:`."
-        )
     reasons = way.sidecars[described.index(False)].measurement.unmeasured
     reason = reasons.get(lacking.tensor.parts[0].name, "it is missing there")
+    if not way.sidecars[described.index(True)].measurement.factors:
+        return (
+            f"{slot.name} was measured in {having.model}, but not in {lacking.model} ({reason}). "
+            "Keep it out with `exclude:`."
+        )
     return (
         f"the {way.kind} of {having.model} describes {slot.name}, that of {lacking.model} does not "
         f"({reason}). Measure both alike ({remedies.of_all} --force), or keep it out with "

@@ -46,7 +46,7 @@ def read_recipe(path: Path) -> Recipe:
             measuring one model, or an unknown key of `calibration`.
         PlanningError: keys that are unknown, misspelt or in the wrong place.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path)
     config = parse_config(content, where=str(path))
     if config.merge_method not in METHODS:
         raise RecipeError(
@@ -54,15 +54,10 @@ def read_recipe(path: Path) -> Recipe:
             f"{nearest(config.merge_method, METHODS, cutoff=NEAR)} "
             f"Methods that do: {', '.join(METHODS)}."
         )
-    found = _entries(content)
-    named = [(str(model), entry) for model, entries in found.items() for entry in entries]
-    problems = [
-        *misspelt(content, named),
-        *_misplaced(content, named),
-        *parameter_problems(config),
-    ]
+    problems = [*dropped_keys(content), *parameter_problems(config)]
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
+    found = _entries(content)
     models = [
         _model(reference, entries, content.get("calibration"), where=str(path))
         for reference, entries in found.items()
@@ -72,14 +67,35 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(path, config.merge_method, kinds_of(config), tuple(models))
 
 
+def dropped_keys(content: Mapping[str, Any]) -> list[str]:
+    """Say which keys mergekit would drop in silence: misspelt, or in the wrong place.
+
+    Args:
+        content: a recipe for one of our methods, of which mergekit can read its part.
+    """
+    found = _entries(content)
+    named = [(str(model), entry) for model, entries in found.items() for entry in entries]
+    return [*misspelt(content, named), *_misplaced(content, named)]
+
+
 def _entries(content: Mapping[str, Any]) -> dict[ModelReference, list[Mapping[str, Any]]]:
     """Return what a recipe says of each model, under `models:` or in its slices and modules."""
     found: dict[ModelReference, list[Mapping[str, Any]]] = {}
     for block in (content, *(content.get("modules") or {}).values()):
         pieces = [{"sources": block.get("models")}, *(block.get("slices") or ())]
         for entry in (entry for piece in pieces for entry in piece["sources"] or ()):
-            found.setdefault(ModelReference.model_validate(entry["model"]), []).append(entry)
+            found.setdefault(_once(entry["model"]), []).append(entry)
     return found
+
+
+def _once(model: Any) -> ModelReference:
+    """Return a model however its folder is spelt: two spellings merge its layers with each other.
+
+    What is measured once is `./a`, if the recipe has `./a` and `./a/`.
+    """
+    if isinstance(model, str) and Path(model).is_dir():
+        model = model.rstrip("/") or model
+    return ModelReference.model_validate(model)
 
 
 def _model(
@@ -148,7 +164,12 @@ def _misplaced(
     ]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe's file.
+
+    Raises:
+        RecipeError: unreadable, several recipes, or something else than a recipe.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER_NAME = "sidecar"
@@ -48,10 +49,10 @@ def writing_place(reference: str, revision: str | None = None, base: str | None 
     return cache_home() / (_one_word(name) + ("" if base is None else f"+{_last_part(base)}"))
 
 
-def reading_place(
+def reading_places(
     reference: str, revision: str | None, snapshot: Path, base: str | None = None
-) -> Path:
-    """Return where a model's sidecar is read from.
+) -> tuple[Path, ...]:
+    """Return where a model's sidecars may be.
 
     What the user has measured comes first; then what the model's author has published.
 
@@ -62,8 +63,12 @@ def reading_place(
         base: the model that the adapter is put on.
     """
     own = writing_place(reference, revision, base)
-    published = writing_place(str(snapshot), base=base)
-    return published if published.is_dir() and not own.is_dir() else own
+    return tuple(dict.fromkeys((own, writing_place(str(snapshot), base=base))))
+
+
+def holding(places: Sequence[Path], kind: str) -> Path:
+    """Return the first place that has files of a kind, or simply the first."""
+    return next((p for p in places if any(p.glob(f"{kind}*.safetensors"))), places[0])
 
 
 def _last_part(model: str) -> str:

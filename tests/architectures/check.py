@@ -133,7 +133,7 @@ def measure(
         revision=None,
         folder=folder,
         tokenizer=folder,
-        present=out or folder / "sidecar",
+        present=(out or folder / "sidecar",),
         out=out or folder / "sidecar",
         kinds=tuple(kinds),
         calibration=Calibration.model_validate(flags),

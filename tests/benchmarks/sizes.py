@@ -11,11 +11,11 @@ take turns, and of each the fastest round counts.
 `cached` is with the files in the system's cache, read there in order; CPU time leaves out what
 waits for other programs. `cold` is the time on the wall after the system was told to forget the
 files (`posix_fadvise`), and `read` how many times linear's bytes a Fisher merge reads. Before each
-merge some GiB of free memory are used once: a virtual machine may have to get it from its host
-first, which takes longer than the disk. Memory is the most that a process held at any moment of a
-merge that is not timed above what it had before (`RssAnon`: without mapped files, which the system
-takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
-written in shards of `--shard` bytes, which mergekit collects in memory.
+merge as much free memory as it needs is used once: a virtual machine may have to get it from its
+host first, which takes longer than the disk. Memory is the most that a process held at any moment
+of a merge that is not timed above what it had before (`RssAnon`: without mapped files, which the
+system takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The
+output is written in shards of `--shard` bytes, which mergekit collects in memory.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ METHODS = ("linear", "fisher")
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["__main__", "fisher_mergekit.merging.planner"])
 MIB = 1 << 20
-GIVEN = 6 << 30
-"""Bytes that are used before each merge: what it reads and writes goes there first."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,9 @@ def report(size: Size, folder: Path, options: Any) -> None:
                 found[method].append(merge_alone(chosen, method, folder / "out", options))
         for _ in range(options.cold):
             for method in METHODS:
-                forget(folder)
-                cold[method].append(merge_alone(chosen, method, folder / "out", options).wall)
+                cold_bytes = forget(folder)
+                merge = merge_alone(chosen, method, folder / "out", options, cold=cold_bytes)
+                cold[method].append(merge.wall)
         linear, fisher = (found[method] for method in METHODS)
         wall = [min(m.wall for m in merges) for merges in (linear, fisher)]
         cpu = [min(m.cpu for m in merges) for merges in (linear, fisher)]
@@ -205,21 +204,23 @@ def total(folders: Sequence[Path]) -> int:
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
 
 
-def forget(folder: Path) -> None:
-    """Have the system forget the content of all files, once they are safe on the disk."""
+def forget(folder: Path) -> int:
+    """Have the system forget the content of all files, once they are safe; return their bytes."""
     os.sync()
-    for file in folder.rglob("*.safetensors"):
+    files = {file.stat().st_ino: file for file in folder.rglob("*.safetensors")}.values()
+    for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+    return sum(file.stat().st_size for file in files)
 
 
-def give_memory() -> None:
+def give_memory(size: int) -> None:
     """Have free memory used by a process that ends; what is cached stays there.
 
-    Not all of it: some seconds later it is given back, and that takes time, too.
+    No more than is needed: some seconds later it is given back, and that takes time, too.
     """
-    size = min(GIVEN, psutil.virtual_memory().free * 9 // 10)
+    size = min(size, psutil.virtual_memory().free * 9 // 10)
     process = PROCESSES.Process(target=_use, args=(size,))
     process.start()
     process.join()
@@ -243,15 +244,21 @@ class Merge:
 
 
 def merge_alone(
-    models: Sequence[Path], method: str, out: Path, options: Any, *, watch: bool = False
+    models: Sequence[Path],
+    method: str,
+    out: Path,
+    options: Any,
+    *,
+    cold: int = 0,
+    watch: bool = False,
 ) -> Merge:
-    """Merge in a process of its own."""
+    """Merge in a process of its own; `cold` bytes of the files are not in the system's cache."""
     ours, theirs = PROCESSES.Pipe(duplex=False)
     given = (theirs, models, method, out, options.threads, options.shard, watch)
     process = PROCESSES.Process(target=_merge, args=given)
     os.sync()  # what an earlier merge has written
     if not options.smoke:  # other tests need it, too
-        give_memory()
+        give_memory(4 * total(models[:1]) + (2 << 30) + cold)
     process.start()
     theirs.close()
     try:

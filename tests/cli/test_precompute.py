@@ -142,6 +142,20 @@ class TestARecipe:
         succeed(*flags(bert, data.name))
         assert "Measured 0 of 1 models" in succeed(*flags(bert, f"./{data.name}"))
 
+    def test_one_model_spelt_in_two_ways_is_measured_once(self, bert, data, tmp_path):
+        calibration = {"path": str(data), "text": "text"}
+        pieces = [
+            {"model": f"{bert}{end}", "layer_range": [i, i + 1]} for i, end in enumerate(["", "/"])
+        ]
+        content = {
+            "merge_method": "fisher",
+            "slices": [{"sources": [{**pieces[0], "calibration": calibration}, pieces[1]]}],
+        }
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump(content))
+        assert "Measured 1 of 1 models" in succeed(path)
+        assert "Measured 0 of 1 models" in succeed(path, "--model", bert)
+
     def test_data_that_changed_under_the_same_name_is_noticed(self, bert, data):
         succeed(*flags(bert, data))
         data.write_text(data.read_text().replace("cat", "dog"))

@@ -24,7 +24,7 @@ def taken(model: Path, optimizer: Path | None = None, **calibration: object) -> 
     """Read the optimizer's state for a model; return the sidecar."""
     job = Job(
         reference=str(model), revision=None, folder=model, tokenizer=model,
-        present=model / "sidecar", out=model / "sidecar", kinds=("fisher",),
+        present=(model / "sidecar",), out=model / "sidecar", kinds=("fisher",),
         calibration=Calibration(optimizer=str(optimizer or model), **calibration),
     )  # fmt: skip
     precompute(prepare(job))

@@ -31,7 +31,7 @@ def refused(model: Path, optimizer: Path | None = None, kind: str = "fisher") ->
     """Return the one sentence with which a state is refused, before a model is loaded."""
     job = Job(
         reference=str(model), revision=None, folder=model, tokenizer=model,
-        present=model / "sidecar", out=model / "sidecar", kinds=(kind,),
+        present=(model / "sidecar",), out=model / "sidecar", kinds=(kind,),
         calibration=Calibration(optimizer=str(optimizer or model / "optimizer.pt")),
     )  # fmt: skip
     with pytest.raises(FisherMergekitError) as caught:

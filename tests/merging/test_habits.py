@@ -5,9 +5,12 @@ from __future__ import annotations
 import merge_oracle
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 from models import make_measured, read, rewrite, write_fishers
 from running import assert_close, merged, recipe_of
 
@@ -32,6 +35,25 @@ def test_excluding_everything_is_no_merge(pair, tmp_path):
     a, b = (folder for folder, *_ in pair)
     recipe = recipe_of(a, b, base_model=str(a), parameters={"exclude": ["bert", "classifier"]})
     assert "keeps every tensor out" in refusal(recipe, tmp_path / "out")
+
+
+def test_what_mergekit_drops_from_the_file_is_refused(pair, tmp_path):
+    """A lambda that does not count would be another merge, and nobody would see it."""
+    a, b = (folder for folder, *_ in pair)
+    recipe = recipe_of(a, b, dtyp="float32")
+    recipe["models"][0]["lambda"] = 0.7
+    path, out = tmp_path / "recipe.yml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(mergekit_yaml, [str(path), str(out), "--quiet"])
+    assert result.exit_code != 0
+    assert f"'lambda' of {a} has no effect there; write it under `parameters:`." in result.output
+    assert "unknown key 'dtyp'. Did you mean 'dtype'?" in result.output
+    assert not out.exists()
+    recipe["models"][0]["note"] = recipe["models"][0].pop("lambda")
+    recipe["dtype"] = recipe.pop("dtyp")
+    path.write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(mergekit_yaml, [str(path), str(out), "--quiet"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "fp16", "float8_e4m3fn"])

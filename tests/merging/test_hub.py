@@ -126,6 +126,20 @@ class TestFirstDownload:
         assert_close(found, by_hand(pair[0], b))
         assert "Measured 0 of 2 models" in succeed(recipe)
 
+    def test_another_kind_of_one_s_own_hides_nothing(self, place, pair, tmp_path):
+        """`mats` with `others: fisher` needs both kinds: the author's, and one measured here."""
+        recipe = on_data(tmp_path, "me/a", "me/b", merge_method="mats")
+        succeed(recipe, "--path", tmp_path / "data.jsonl", "--text", "text")
+        succeed(on_data(tmp_path, "me/a", "me/b"))
+        assert sorted(p.name for p in (place.own / "me--a").glob("*.safetensors")) == [
+            "kfac.safetensors"
+        ]
+        b = (pair[1][0], pair[1][1], fisher_of(place.own, place.own / "me--b"))
+        found = merged(recipe_of("me/a", "me/b"), tmp_path / "out")
+        assert_close(found, by_hand(pair[0], b))
+        both = recipe_of("me/a", "me/b", merge_method="mats", parameters={"others": "fisher"})
+        assert merged(both, tmp_path / "both").keys() == found.keys()
+
     def test_a_tokenizer_that_is_a_list_of_words(self, place, tmp_path):
         """mergekit downloads no vocab.txt, but data cannot be read without it."""
         folder = tiny.save_model(tmp_path / "bert", num_labels=3)

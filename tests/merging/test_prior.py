@@ -192,10 +192,13 @@ class TestRefusals:
         message = self.problem(recipe(family), tmp_path / "out")
         assert message == (
             f"{base}: there is no sidecar at {base / 'sidecar'}. Run: mergekit-fisher precompute "
-            f"--model {base} --path DATA --text COLUMN"
+            "RECIPE"
         )
         content = recipe(family, parameters={"prior_sidecar": "elsewhere"})
         message = self.problem(content, tmp_path / "out")
+        assert "no sidecar at elsewhere. Run: mergekit-fisher precompute RECIPE" in message
+        content["models"].append({"model": str(base)})  # measured with the recipe, but elsewhere
+        message = self.problems(content, tmp_path / "out")[-1]
         assert f"no sidecar at elsewhere. Run: mergekit-fisher precompute --model {base}" in message
         assert "--out elsewhere" in message
 

@@ -176,7 +176,10 @@ class TestSidecars:
         del fishers["classifier.bias"]
         write_fishers(pair[1], fishers, unmeasured={"classifier.bias": "a buffer"})
         message = problem(recipe_of(*pair), tmp_path / "out")
-        assert f"classifier.bias was measured in {pair[0]}, but in {pair[1]} it is no" in message
+        assert (
+            f"classifier.bias was measured in {pair[0]}, but not in {pair[1]} (a buffer)."
+            in message
+        )
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -372,13 +375,21 @@ class TestTensors:
         message = problem(recipe_of(*pair), tmp_path / "out")
         assert "buffers that are no floating-point numbers differ between the models" in message
 
-    def test_quantised(self, pair, tmp_path):
+    @pytest.mark.parametrize(
+        ("dtype", "name"),
+        [
+            (torch.float8_e4m3fn, "F8_E4M3"),
+            (torch.float8_e8m0fnu, "F8_E8M0"),
+            (torch.complex64, "C64"),
+        ],
+    )
+    def test_quantised_or_odd(self, pair, tmp_path, dtype, name):
         weights = read(pair[1])
-        weights["classifier.weight"] = weights["classifier.weight"].to(torch.float8_e4m3fn)
+        weights["classifier.weight"] = weights["classifier.weight"].to(dtype)
         rewrite(pair[1], weights)
         write_fishers(pair[1], random_fishers(pair[0], 1))
         assert (
-            f"{pair[1]}: classifier.weight is stored as F8_E4M3, which cannot be averaged."
+            f"{pair[1]}: classifier.weight is stored as {name}, which cannot be averaged."
             in problems(recipe_of(*pair), tmp_path / "out")[0]
         )
 

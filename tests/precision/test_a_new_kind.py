@@ -40,7 +40,7 @@ def test_it_is_measured_stored_and_merged_by(kind, tmp_path):
     model, data = save_model(tmp_path / "model"), write_rows(tmp_path / "data.jsonl")
     job = Job(
         reference=str(model), revision=None, folder=model, tokenizer=model,
-        present=model / "sidecar", out=model / "sidecar", kinds=("kfac", kind),
+        present=(model / "sidecar",), out=model / "sidecar", kinds=("kfac", kind),
         calibration=Calibration(path=str(data), text="text"),
     )  # fmt: skip
     header = precompute(prepare(job))

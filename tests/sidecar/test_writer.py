@@ -17,7 +17,7 @@ from sidecars import KIND, measurement, open_and_load, rewrite_header, values, w
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.sidecar import writer
 from fisher_mergekit.sidecar.header import Header
-from fisher_mergekit.sidecar.location import reading_place, writing_place
+from fisher_mergekit.sidecar.location import holding, reading_places, writing_place
 from fisher_mergekit.sidecar.reader import Sidecar, checksum, read_header
 
 
@@ -264,7 +264,7 @@ class TestWhere:
     def test_a_local_model_keeps_its_sidecar(self, tmp_path):
         assert writing_place(str(tmp_path)) == tmp_path / "sidecar"
         assert writing_place(str(tmp_path), base="org/base") == tmp_path / "sidecar-org--base"
-        assert reading_place(str(tmp_path), None, tmp_path) == tmp_path / "sidecar"
+        assert reading_places(str(tmp_path), None, tmp_path) == (tmp_path / "sidecar",)
 
     def test_a_hub_model_s_sidecar_is_written_to_the_user_s_cache(self, tmp_path):
         assert writing_place("org/model") == tmp_path / "home" / "org--model"
@@ -274,12 +274,20 @@ class TestWhere:
 
     def test_what_the_user_measured_is_read_before_what_was_published(self, tmp_path):
         snapshot, own = tmp_path / "snapshot", tmp_path / "home" / "org--model"
+        published = snapshot / "sidecar"
         snapshot.mkdir()
-        assert reading_place("org/model", None, snapshot) == own
-        (snapshot / "sidecar").mkdir()
-        assert reading_place("org/model", None, snapshot) == snapshot / "sidecar"
+        places = reading_places("org/model", None, snapshot)
+        assert places == (own, published)
+        published.mkdir()
+        assert holding(places, "fisher") == own
+        (published / "fisher.safetensors").touch()
+        (published / "kfac-00001-of-00002.safetensors").touch()
+        assert holding(places, "fisher") == holding(places, "kfac") == published
         own.mkdir(parents=True)
-        assert reading_place("org/model", None, snapshot) == own
+        assert holding(places, "fisher") == published
+        (own / "kfac.safetensors").touch()  # of which nobody's Fisher is hidden
+        assert holding(places, "fisher") == published
+        assert holding(places, "kfac") == own
 
 
 def test_a_header_survives_its_own_serialisation(tmp_path):
