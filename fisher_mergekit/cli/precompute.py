@@ -242,7 +242,8 @@ def _requests(
         reference = ModelReference.parse(model)
         return [(reference, out, ("fisher",), read_calibration(overrides, where="flags"))]
     recipe = read_recipe(recipe_path)
-    chosen = [m for m in recipe.models if model is None or str(m.reference) == model]
+    spelt = None if model is None else (model, model.rstrip("/"))
+    chosen = [m for m in recipe.models if spelt is None or str(m.reference) in spelt]
     if not chosen:
         names = ", ".join(str(m.reference) for m in recipe.models)
         raise RecipeError(f"{recipe_path} has no model {model!r}; it has {names}.")

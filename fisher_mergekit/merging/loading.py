@@ -17,7 +17,6 @@ from mergekit.graph import Task
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.merging import files, sidecars
-from fisher_mergekit.merging.remedies import command_for
 
 
 class Theta(Task[torch.Tensor]):
@@ -121,7 +120,10 @@ class LoadPrecision(Precision):
         return files.reopen(self.model).convert(self.name, {p: self._load(p) for p in self.parts})
 
     def _load(self, name: str) -> torch.Tensor:
-        tensor, is_plain = sidecars.reopen(self.path, self.kind).load_scanned(name)
+        try:
+            tensor, is_plain = sidecars.reopen(self.path, self.kind).load_scanned(name)
+        except SidecarError as error:
+            raise SidecarError(error.message + self._remedy) from error
         if tensor.numel() and (self.form == "matrix" or not is_plain):
             tensor = self._checked(name, tensor)
         return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
@@ -147,9 +149,12 @@ class LoadPrecision(Precision):
 
     def _corrupt(self, what: str) -> SidecarError:
         return SidecarError(
-            f"the sidecar {self.path} of {self.model} is corrupt: {what}. "
-            f"{command_for(self.model, self.kind)} --force"
+            f"the sidecar {self.path} of {self.model} is corrupt: {what}.{self._remedy}"
         )
+
+    @property
+    def _remedy(self) -> str:
+        return sidecars.remedy_of(self.path, self.kind)
 
     def priority(self) -> int:
         """Load late, like the thetas."""

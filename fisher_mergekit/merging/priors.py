@@ -12,7 +12,7 @@ from mergekit.config import MergeConfiguration
 from fisher_mergekit.errors import some
 from fisher_mergekit.merging import sidecars
 from fisher_mergekit.merging.files import Files
-from fisher_mergekit.merging.remedies import Remedies, command_for
+from fisher_mergekit.merging.remedies import Remedies, by_itself
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, Source, part_names
 from fisher_mergekit.methods import PRIOR, PRIOR_SIDECAR
@@ -146,7 +146,7 @@ def open_prior(
     names = part_names(bases.values())
     # With its recipe a model is measured once, and into its own place.
     apart = is_listed and place != own
-    remedy = command_for(base, KIND, place) if apart else remedies.of(base, KIND, place)
+    remedy = by_itself(base, KIND, place) if apart else remedies.of(base, KIND, place)
     return sidecars.open_checked(base, path, KIND, files[base], names, remedy)
 
 

@@ -9,11 +9,24 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from fisher_mergekit.merging import command
+from fisher_mergekit.merging.command import is_one_of_several
 
 MEASURE = "Run: mergekit-fisher precompute"
 DEFAULT_KIND = "fisher"
 """What `precompute --model` measures when nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Sentences with the command that measures one model.
+
+    Attributes:
+        measure: it has no sidecar, or one that `precompute` sees is of no use.
+        again: it has one that `precompute` would take for valid.
+    """
+
+    measure: str
+    again: str
 
 
 @dataclass(frozen=True)
@@ -29,12 +42,20 @@ class Remedies:
     @property
     def one_by_one(self) -> bool:
         """Whether it is one of several in a file for mergekit-multi, which `precompute` refuses."""
-        return command.is_one_of_several()
+        return is_one_of_several()
 
-    def of(self, model: ModelReference, kind: str, place: Path | None = None) -> str:
-        """Return the sentence with the command that measures a kind of a model, for a place."""
-        place = place or self.given.get(model)
-        return command_for(model, kind, place, one_by_one=self.one_by_one)
+    def of(self, model: ModelReference, kind: str, place: Path | None = None) -> Remedy:
+        """Return the sentences with the command that measures a kind of a model.
+
+        Args:
+            place: of its sidecar, if that is not the one that the recipe names for the model.
+        """
+        if self.one_by_one:
+            return by_itself(model, kind, place or self.given.get(model))
+        flags = _flags(model)
+        return Remedy(
+            f"{MEASURE} RECIPE{flags}", f"{MEASURE} RECIPE --model {model} --force{flags}"
+        )
 
     @property
     def of_all(self) -> str:
@@ -43,20 +64,12 @@ class Remedies:
         return one if self.one_by_one else f"{MEASURE} RECIPE"
 
 
-def command_for(
-    model: ModelReference,
-    kind: str = DEFAULT_KIND,
-    out: Path | None = None,
-    *,
-    one_by_one: bool = True,
-) -> str:
-    """Return the sentence with the command that measures a model, by itself or with its recipe."""
-    flags = _flags(model)
-    if not one_by_one:
-        return f"{MEASURE} RECIPE{flags}"
+def by_itself(model: ModelReference, kind: str = DEFAULT_KIND, place: Path | None = None) -> Remedy:
+    """Return the sentences with the command that measures a model without its recipe."""
     which = "" if kind == DEFAULT_KIND else f" --kind {kind}"
-    place = f" --out {out}" if out is not None else ""
-    return f"{MEASURE} --model {model}{which}{place}{flags} --path DATA --text COLUMN"
+    out = f" --out {place}" if place is not None else ""
+    command = f"{MEASURE} --model {model}{which}{out}{_flags(model)} --path DATA --text COLUMN"
+    return Remedy(command, f"{command} --force")
 
 
 def _flags(model: ModelReference) -> str:

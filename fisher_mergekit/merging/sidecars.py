@@ -10,9 +10,9 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 
-from fisher_mergekit.errors import SidecarError, SidecarMissing
+from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.merging.files import Files
-from fisher_mergekit.merging.remedies import Remedies
+from fisher_mergekit.merging.remedies import Remedies, Remedy
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
 from fisher_mergekit.sidecar.location import holding, reading_places
@@ -25,6 +25,7 @@ ASYMMETRY = 1e-3
 """Largest difference of a factor from its transpose, relative to its largest value."""
 
 _opened: dict[tuple[Path, str], Sidecar] = {}
+_remedies: dict[tuple[Path, str], Remedy] = {}
 
 
 def open_anew(path: Path, kind: str) -> Sidecar:
@@ -41,6 +42,12 @@ def open_anew(path: Path, kind: str) -> Sidecar:
 def reopen(path: Path, kind: str) -> Sidecar:
     """Return the sidecar that was opened in planning, or open it in a process that did not plan."""
     return _opened.get((path, kind)) or open_anew(path, kind)
+
+
+def remedy_of(path: Path, kind: str) -> str:
+    """Return the command that measures again what was opened, or nothing where nobody planned."""
+    found = _remedies.get((path, kind))
+    return "" if found is None else f" {found.again}"
 
 
 def open_all(
@@ -123,7 +130,7 @@ def open_checked(
     kind: str,
     files: Mapping[str, TensorInfo],
     names: Sequence[str],
-    remedy: str,
+    remedy: Remedy,
 ) -> tuple[Sidecar | None, list[str]]:
     """Open a model's sidecar and check it against the model, without loading a precision.
 
@@ -133,17 +140,16 @@ def open_checked(
         kind: which precision.
         files: the model's tensors.
         names: those of them that are to be merged.
-        remedy: the command that measures the model, for messages.
+        remedy: the command that measures the model, for messages, now and while merging.
 
     Returns:
         The sidecar, or None if it is of no use; and what is wrong with it.
     """
+    _remedies[path, kind] = remedy
     try:
         sidecar = open_anew(path, kind)
-    except SidecarMissing as error:
-        return None, [f"{model}: {error.message} {remedy}"]
-    except SidecarError as error:
-        return None, [f"{model}: {error.message} {remedy} --force"]
+    except SidecarError as error:  # missing or damaged
+        return None, [f"{model}: {error.message} {remedy.measure}"]
     measured = [name for name in names if name in sidecar.weights]
     unmeasured = sidecar.measurement.unmeasured
     unknown = [n for n in names if n not in sidecar.weights and n not in unmeasured]
@@ -157,29 +163,29 @@ def open_checked(
     if foreign:
         problems.append(
             f"{model}: the sidecar {path} was measured on other weights (digest of {foreign[0]} "
-            f"differs{_more(foreign)}). {remedy} --force"
+            f"differs{_more(foreign)}). {remedy.measure}"
         )
     if unknown:
         problems.append(
             f"{model}: the sidecar {path} is partial: it says nothing of {unknown[0]}"
-            f"{_more(unknown)}. {remedy} --force"
+            f"{_more(unknown)}. {remedy.again}"
         )
     if impossible:
         problems.append(
             f"{model}: the sidecar {path} is corrupt: the sum of squares of {impossible[0]} is "
-            f"{sums[impossible[0]]}{_more(impossible)}. {remedy} --force"
+            f"{sums[impossible[0]]}{_more(impossible)}. {remedy.again}"
         )
     elif measured and not any(squared_norm(sidecar, name) for name in measured):
         problems.append(
             f"{model}: the {kind} in the sidecar {path} is zero in all {len(measured)} merged "
             "tensors, so the model is sure of nothing. Look at its calibration data, then "
-            f"measure again. {remedy} --force"
+            f"measure again. {remedy.again}"
         )
     if lopsided:
         problems.append(
             f"{model}: the sidecar {path} is corrupt: {lopsided[0]} is not symmetric (it differs "
             f"from its transpose by {records[lopsided[0]].asymmetry:.0e} of its largest value, "
-            f"where {ASYMMETRY:.0e} is the limit){_more(lopsided)}. {remedy} --force"
+            f"where {ASYMMETRY:.0e} is the limit){_more(lopsided)}. {remedy.again}"
         )
     return (None if problems else sidecar), problems
 

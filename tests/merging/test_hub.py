@@ -217,7 +217,7 @@ class TestRevisions:
             merged(recipe_of("me/a", "me/a@v1"), tmp_path / "out")
         (problem,) = info.value.problems
         assert f"the sidecar {place.snapshot('me/a') / 'sidecar'} was measured on other" in problem
-        assert problem.endswith("Run: mergekit-fisher precompute RECIPE --force")
+        assert problem.endswith("Run: mergekit-fisher precompute RECIPE")
 
 
 class TestOffline:

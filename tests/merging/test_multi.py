@@ -123,7 +123,7 @@ class TestStages:
         (steps / "config.json").unlink()  # for mergekit it is not there any more
         said = refused(multi(recipe_of("first", c), first=linear(a, b, weights=[1, 2])))
         assert f"{steps}: the sidecar {steps / 'sidecar'} was measured on other weights" in said
-        assert f"precompute --model {steps} --path DATA --text COLUMN --force" in said
+        assert f"precompute --model {steps} --path DATA --text COLUMN" in said
 
     def test_several_stages_of_ours(self, three, multi, tmp_path):
         """Two Fisher merges, averaged; one process plans and merges all of them."""
