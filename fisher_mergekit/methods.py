@@ -56,6 +56,10 @@ class Method:
         return tuple(parameter.name for parameter in self.parameters if not parameter.whole)
 
 
+NORMALIZE = MethodParameter("normalize_fishers", bool, True)
+"""Whether each model's precision is divided by its own scale."""
+OFFDIAGONAL = MethodParameter("offdiagonal", float, 0.9, most=1.0)
+"""What the off-diagonals of factors are multiplied by."""
 OTHERS = MethodParameter("others", str, "mean", choices=("mean", "fisher"))
 """How tensors are merged that the kind does not describe."""
 EMBEDDINGS = MethodParameter("embeddings", bool, False)
@@ -75,7 +79,7 @@ METHODS: dict[str, Method] = {
             pretty_name="Fisher-weighted averaging",
             reference_url="https://arxiv.org/abs/2111.09832",
             parameters=(
-                MethodParameter("normalize_fishers", bool, True),
+                NORMALIZE,
                 MethodParameter("floor", float, 1e-6),
                 MethodParameter("favor_base", bool, False),
                 PRIOR,
@@ -89,7 +93,7 @@ METHODS: dict[str, Method] = {
             pretty_name="RegMean",
             reference_url="https://arxiv.org/abs/2212.09849",
             parameters=(
-                MethodParameter("offdiagonal", float, 0.9, most=1.0),
+                OFFDIAGONAL,
                 MethodParameter("ridge", float, 0.0),
                 EMBEDDINGS,
                 OTHERS,
@@ -102,8 +106,8 @@ METHODS: dict[str, Method] = {
             pretty_name="MaTS (Kronecker-factored Fisher)",
             reference_url="https://arxiv.org/abs/2312.04339",
             parameters=(
-                MethodParameter("normalize_fishers", bool, True),
-                MethodParameter("offdiagonal", float, 0.9, most=1.0),
+                NORMALIZE,
+                OFFDIAGONAL,
                 MethodParameter("tolerance", float, 1e-6),
                 MethodParameter("iterations", int, 1000, least=1),
                 EMBEDDINGS,

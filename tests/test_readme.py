@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from fisher_mergekit.methods import METHODS
-from fisher_mergekit.precision import fisher
+from fisher_mergekit.precision import kind_for
 from fisher_mergekit.recipe import parse_config, read_calibration
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,16 @@ def test_extras_that_the_readme_installs_exist() -> None:
 
 
 def test_what_is_written_twice_is_the_same() -> None:
-    """The methods must not import torch to know a floor."""
-    floor = next(p for p in METHODS["fisher"].parameters if p.name == "floor")
-    assert floor.default == fisher.FLOOR
+    """The methods must not import torch to know a default."""
+    compared = []
+    for method in METHODS.values():
+        known = inspect.signature(kind_for(method.kind).system).parameters
+        for parameter in method.parameters:
+            if parameter.name in known:
+                assert parameter.default == known[parameter.name].default, parameter
+                compared.append(parameter.name)
+    assert compared == [
+        *("normalize_fishers", "floor"),
+        *("offdiagonal", "ridge"),
+        *("normalize_fishers", "offdiagonal", "tolerance", "iterations"),
+    ]

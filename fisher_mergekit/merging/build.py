@@ -206,7 +206,6 @@ class Builder:
         known = {
             **values.options,
             "scales": tuple(self._decision.scales[key] for key in way.keys),
-            "normalize": values.options.get("normalize_fishers", True),
             "favor": values.counting.index(values.favored)
             if values.favored in values.counting
             else None,

@@ -45,7 +45,7 @@ def system(
     lambdas: Sequence[float],
     *,
     scales: Sequence[float],
-    normalize: bool = True,
+    normalize_fishers: bool = True,
     floor: float = FLOOR,
     favor: int | None = None,
 ) -> Elementwise:
@@ -55,7 +55,7 @@ def system(
         precisions: n times one Fisher, a non-negative tensor of the theta's shape.
         lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
         scales: each model's root mean square over all merged parameters, positive.
-        normalize: divide each Fisher by its own scale; otherwise all by one common scale.
+        normalize_fishers: divide each Fisher by its own scale; otherwise all by one common scale.
         floor: relative to the scale. Where every Fisher is 0 the result is the lambda-weighted
             mean, for any floor, 0 included.
         favor: index of the model that gets all of the floor, so that where nobody knows anything
@@ -66,7 +66,7 @@ def system(
     unit = max(1.0, floor)  # only ratios count, and a huge floor would overflow
     total = math.fsum(lambdas)
     present = [i for i, value in enumerate(lambdas) if value > 0 or (i == favor and floor > 0)]
-    if not normalize:
+    if not normalize_fishers:
         scales = [common_scale([scales[i] for i in present])] * len(scales)
 
     def weight(i: int) -> Weight:

@@ -208,7 +208,7 @@ def system(
     lambdas: Sequence[float],
     *,
     scales: Sequence[float] | None = None,
-    normalize: bool = True,
+    normalize_fishers: bool = True,
     offdiagonal: float = OFFDIAGONAL,
     tolerance: float = TOLERANCE,
     iterations: int = ITERATIONS,
@@ -221,7 +221,7 @@ def system(
             where all are (A,) alone, B is the identity.
         lambdas: n non-negative numbers, not all zero. A model with lambda 0 is not there.
         scales: each model's root mean square over everything that is merged, positive.
-        normalize: divide each precision by its scale, where there are any.
+        normalize_fishers: divide each precision by its scale, where there are any.
         offdiagonal: 0 to 1, what the off-diagonals of both factors are multiplied by.
         tolerance: relative residual to stop at.
         iterations: at most so many.
@@ -229,7 +229,7 @@ def system(
     """
     lambdas = relative(lambdas)
     models = counting(lambdas)
-    if normalize and scales is not None:
+    if normalize_fishers and scales is not None:
         smallest = min(scales[i] for i in models)
         lambdas = [lam and lam * (smallest / s) for lam, s in zip(lambdas, scales, strict=True)]
     if all(len(precisions[i]) == 1 for i in models):

@@ -35,7 +35,7 @@ def system(
     lambdas: Sequence[float],
     *,
     scales: Sequence[float],
-    normalize: bool = True,
+    normalize_fishers: bool = True,
     floor: float = FLOOR,
 ) -> Elementwise:
     """Return F₀/s₀ + floor + Σ λᵢ Fᵢ/sᵢ, as the sum over models and base.
@@ -44,14 +44,14 @@ def system(
         precisions: one Fisher a model, and the base's behind them.
         lambdas: the models', and the base's behind them: `with_base`.
         scales: likewise, positive.
-        normalize: divide each Fisher by its own scale; otherwise all by one common scale.
+        normalize_fishers: divide each Fisher by its own scale; otherwise all by one common scale.
         floor: relative to the scale.
     """
     base = len(lambdas) - 1
     present = counting(lambdas)
     unit = max(1.0, floor, *map(abs, lambdas))  # only ratios count, and they are not to overflow
     floor = visible(floor)
-    if not normalize:
+    if not normalize_fishers:
         scales = [common_scale([scales[i] for i in {*present, base}])] * len(scales)
 
     def weight(i: int) -> Weight:

@@ -131,7 +131,7 @@ def test_a_fisher_may_be_as_small_or_large_as_float32_holds(
     thetas = [torch.tensor(theta) for theta in thetas]
     fishers = [torch.tensor(values) for values in fishers]
     ones = [1.0] * len(thetas)
-    options = {"floor": floor, "normalize": normalize}
+    options = {"floor": floor, "normalize_fishers": normalize}
     factor = 2.0**power
     expected = merge_fisher(thetas, fishers, ones, ones, **options)
     found = merge_fisher(
@@ -161,7 +161,7 @@ def test_order_changes_nothing(problem, floor, random):
 @given(problems(), st.sampled_from([0.0, 1e-6]), st.booleans())
 def test_lambda_zero_removes_a_model(problem, floor, normalize):
     thetas, fishers, lambdas, sizes = problem
-    options = {"floor": floor, "normalize": normalize}
+    options = {"floor": floor, "normalize_fishers": normalize}
     nan = torch.full((SIZE,), math.nan)
     merged = merge_fisher(
         [*thetas, nan], [*fishers, nan], [*lambdas, 0.0], [*sizes, math.nan], **options
@@ -189,7 +189,7 @@ def test_one_common_scale_is_as_good_as_another(problem):
         thetas, [f + 2**-60 for f in fishers], lambdas, unscaled, floor=0
     )
     plain = merge_fisher(
-        thetas, [f + 2**-60 for f in fishers], lambdas, sizes, normalize=False, floor=0
+        thetas, [f + 2**-60 for f in fishers], lambdas, sizes, normalize_fishers=False, floor=0
     )
     close(plain, expected, thetas)
 

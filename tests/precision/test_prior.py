@@ -46,7 +46,7 @@ def test_the_formula(problem, floor, normalize):
         lam * (base + f) * (theta - origin)
         for lam, f, theta in zip(lambdas, own, models, strict=True)
     )
-    close(merge(*problem, floor=floor, normalize=normalize), origin + moved / total)
+    close(merge(*problem, floor=floor, normalize_fishers=normalize), origin + moved / total)
 
 
 @given(problems())
