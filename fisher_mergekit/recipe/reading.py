@@ -144,8 +144,11 @@ def _prior(
 ) -> RecipeModel | None:
     """Return base_model, if its Fisher is a prior and it is none of the models."""
     given = config.parameters or {}
-    base, sidecar = config.base_model, given.get("prior_sidecar")
-    if base is None or base in listed or not any(shared_values(config, "prior")):
+    sidecar = given.get("prior_sidecar")
+    if config.base_model is None or not any(shared_values(config, "prior")):
+        return None
+    base = _once(str(config.base_model))
+    if base in listed:
         return None
     calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
     return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)

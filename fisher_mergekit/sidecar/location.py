@@ -68,7 +68,13 @@ def reading_places(
 
 def holding(places: Sequence[Path], kind: str) -> Path:
     """Return the first place that has files of a kind, or simply the first."""
-    return next((p for p in places if any(p.glob(f"{kind}*.safetensors"))), places[0])
+
+    def holds(place: Path) -> bool:
+        return (place / f"{kind}.safetensors").exists() or any(
+            place.glob(f"{kind}-*-of-*.safetensors")
+        )
+
+    return next(filter(holds, places), places[0])
 
 
 def _last_part(model: str) -> str:

@@ -193,6 +193,6 @@ class Sidecar(Mapping[str, TensorInfo]):
         if found != self.measurement.tensors[name].checksum:
             raise SidecarError(
                 f"the sidecar {self.path} is corrupt: the bytes of {name} are not those that were "
-                "written (checksum differs)."
+                "written (checksum differs). Measure the model again."
             )
         return tensor, is_plain

@@ -124,6 +124,7 @@ class TestStages:
         said = refused(multi(recipe_of("first", c), first=linear(a, b, weights=[1, 2])))
         assert f"{steps}: the sidecar {steps / 'sidecar'} was measured on other weights" in said
         assert f"precompute --model {steps} --path DATA --text COLUMN" in said
+        assert "--force" not in said  # `precompute` sees that it is of other weights
 
     def test_several_stages_of_ours(self, three, multi, tmp_path):
         """Two Fisher merges, averaged; one process plans and merges all of them."""

@@ -90,7 +90,7 @@ def test_a_truncated_file_is_told(sidecar, cut):
         Sidecar(sidecar, KIND)
 
 
-def test_a_file_that_has_grown_is_told(sidecar):
+def test_a_file_that_has_grown_is_told_with_the_remedy(sidecar):
     with (sidecar / FILE).open("ab") as file:
         file.write(b"\0\0\0\0")
     with pytest.raises(SidecarError, match="truncated or has grown"):
@@ -134,12 +134,12 @@ def test_a_lone_file_with_a_flipped_bit_raises_nothing_foreign(intact, tmp_path_
         open_and_load(path)
 
 
-def test_a_flipped_bit_of_a_value_is_told(sidecar):
+def test_a_flipped_bit_of_a_value_is_told_with_the_remedy(sidecar):
     path = sidecar / FILE
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(bytes(content))
-    with pytest.raises(SidecarError, match=r"is corrupt: the bytes of .*checksum differs"):
+    with pytest.raises(SidecarError, match=r"is corrupt: the bytes of .* Measure the model again"):
         open_and_load(sidecar)
 
 

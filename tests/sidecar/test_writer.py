@@ -283,6 +283,7 @@ class TestWhere:
         (published / "fisher.safetensors").touch()
         (published / "kfac-00001-of-00002.safetensors").touch()
         assert holding(places, "fisher") == holding(places, "kfac") == published
+        assert holding(places, "fish") == own  # a kind, not the beginning of one
         own.mkdir(parents=True)
         assert holding(places, "fisher") == published
         (own / "kfac.safetensors").touch()  # of which nobody's Fisher is hidden
