@@ -5,6 +5,7 @@ Merges in memory have no command.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,21 @@ def dropped() -> list[str]:
     `parameters` reach the planner as they are; a `lambda` that stands beside them does not, and
     the merge would be another one.
     """
+    recipe = _recipe()
+    return [] if recipe is None else dropped_keys(read_yaml(Path(recipe)))
+
+
+def recipe() -> str:
+    """Return the recipe's file as it was typed, for a shell; RECIPE where nobody typed one."""
+    typed = _recipe()
+    return "RECIPE" if typed is None else shlex.quote(typed)
+
+
+def _recipe() -> str | None:
     if _script() != "run_yaml":
-        return []
-    return dropped_keys(read_yaml(Path(click.get_current_context().params["config_file"])))
+        return None
+    typed: str = click.get_current_context().params["config_file"]
+    return typed
 
 
 def _script() -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from fisher_mergekit.merging.command import is_one_of_several
+from fisher_mergekit.merging.command import is_one_of_several, recipe
 
 MEASURE = "Run: mergekit-fisher precompute"
 DEFAULT_KIND = "fisher"
@@ -52,16 +52,14 @@ class Remedies:
         """
         if self.one_by_one:
             return by_itself(model, kind, place or self.given.get(model))
-        flags = _flags(model)
-        return Remedy(
-            f"{MEASURE} RECIPE{flags}", f"{MEASURE} RECIPE --model {model} --force{flags}"
-        )
+        command, flags = f"{MEASURE} {recipe()}", _flags(model)
+        return Remedy(f"{command}{flags}", f"{command} --model {model} --force{flags}")
 
     @property
     def of_all(self) -> str:
         """The command that measures the recipe's models."""
         one = f"{MEASURE} --model MODEL --path DATA --text COLUMN"
-        return one if self.one_by_one else f"{MEASURE} RECIPE"
+        return one if self.one_by_one else f"{MEASURE} {recipe()}"
 
 
 def by_itself(model: ModelReference, kind: str = DEFAULT_KIND, place: Path | None = None) -> Remedy:

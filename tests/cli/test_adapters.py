@@ -220,7 +220,8 @@ class TestAModelWithAnAdapter:
         process, _ = mergekit_yaml(content, tmp_path / "m", "--lora-merge-cache", cache)
         assert (
             f"there is no sidecar at {place}. "
-            f"Run: mergekit-fisher precompute RECIPE --lora-merge-cache {cache}"
+            f"Run: mergekit-fisher precompute {tmp_path / 'm' / 'recipe.yml'} "
+            f"--lora-merge-cache {cache}"
         ) in process.stderr
         (adapters[1] / "away").rename(place)
         process, out = mergekit_yaml(content, tmp_path / "m", "--lora-merge-cache", cache)

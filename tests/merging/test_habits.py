@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import merge_oracle
 import pytest
 import torch
@@ -54,6 +56,20 @@ def test_what_mergekit_drops_from_the_file_is_refused(pair, tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     result = CliRunner().invoke(mergekit_yaml, [str(path), str(out), "--quiet"])
     assert result.exit_code == 0, result.output
+
+
+def test_the_command_that_mends_has_the_recipe_as_it_was_typed(pair, tmp_path):
+    (a, *_), (b, *_) = pair
+    shutil.rmtree(a / "sidecar")
+    content = yaml.safe_dump(recipe_of(a, b))
+    path = tmp_path / "my recipe.yml"
+    path.write_text(content)
+    result = CliRunner().invoke(mergekit_yaml, [str(path), str(tmp_path / "out"), "--quiet"])
+    assert f"Run: mergekit-fisher precompute '{path}'\n" in result.output
+    # After it, what merges in this process is of no file.
+    assert "Run: mergekit-fisher precompute RECIPE" in refusal(
+        yaml.safe_load(content), tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "fp16", "float8_e4m3fn"])
