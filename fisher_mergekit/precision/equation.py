@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fisher_mergekit.precision.diagonal import relative, weighted_mean, working_dtype
-from fisher_mergekit.precision.memory import new_tensor
 
 
 class Equation(Protocol):
@@ -105,7 +104,7 @@ def solve(
     weights = [lambdas[i] for i in present]
     first = thetas[present[0]]
     working = system.dtype or working_dtype(thetas[i] for i in present)
-    result = new_tensor(first.shape, dtype or working, first.device)
+    result = torch.empty(first.shape, dtype=dtype or working, device=first.device)
     parts = (system.split(tensor) for tensor in (result, *(thetas[i] for i in present)))
     for equation, out, *own in zip(system.equations(result, working), *parts, strict=True):
         models = dict(zip(present, own, strict=True))
