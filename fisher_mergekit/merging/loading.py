@@ -17,6 +17,7 @@ from mergekit.graph import Task
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.merging import files, sidecars
+from fisher_mergekit.merging.side_by_side import side_by_side
 
 
 class Theta(Task[torch.Tensor]):
@@ -115,15 +116,32 @@ class LoadPrecision(Precision):
         Raises:
             SidecarError: the bytes or the values are not what a measurement can have written.
         """
-        if not self.parts:
-            return self._load(self.name)
-        return files.reopen(self.model).convert(self.name, {p: self._load(p) for p in self.parts})
+        return self.made_of(self.read())
 
-    def _load(self, name: str) -> torch.Tensor:
+    def read(self) -> dict[str, tuple[torch.Tensor, bool]]:
+        """Read what it is made of, by name, each with whether no value is odd; from any thread.
+
+        Raises:
+            SidecarError: the bytes are not those that were written.
+        """
+        sidecar = sidecars.reopen(self.path, self.kind)
         try:
-            tensor, is_plain = sidecars.reopen(self.path, self.kind).load_scanned(name)
+            return {name: sidecar.load_scanned(name) for name in self.parts or (self.name,)}
         except SidecarError as error:
             raise SidecarError(error.message + self._remedy) from error
+
+    def made_of(self, read: dict[str, tuple[torch.Tensor, bool]]) -> torch.Tensor:
+        """Return the precision that is made of what was read.
+
+        Raises:
+            SidecarError: the values are not what a measurement can have written.
+        """
+        tensors = {name: self._fit(name, *found) for name, found in read.items()}
+        if not self.parts:
+            return tensors[self.name]
+        return files.reopen(self.model).convert(self.name, tensors)
+
+    def _fit(self, name: str, tensor: torch.Tensor, is_plain: bool) -> torch.Tensor:
         if tensor.numel() and (self.form == "matrix" or not is_plain):
             tensor = self._checked(name, tensor)
         return tensor.unsqueeze(-1) if self.form == "diagonal" else tensor
@@ -183,6 +201,11 @@ class Together(Task[tuple[torch.Tensor, ...]]):
 
     def execute(self, **made: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors."""
+        loads = {i: task for i, task in enumerate(self.tasks) if isinstance(task, LoadPrecision)}
+        # Only reading: what is computed has torch's threads, and memory for one at a time.
+        read = side_by_side([task.read for task in loads.values()])
+        for (i, task), content in zip(loads.items(), read, strict=True):
+            made[str(i)] = task.made_of(content)
         return tuple(
             made[str(i)] if str(i) in made else task.execute() for i, task in enumerate(self.tasks)
         )
