@@ -55,8 +55,11 @@ def read_header(path: Path) -> Header | None:
         if not path.exists():
             return None
         Checkpoint(path.parent, path.stem)  # says what is wrong with a damaged file
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(METADATA_KEY)
+        except SafetensorError as error:  # such as a dtype that is too new for it
+            raise SidecarError(f"cannot read the sidecar {path}: {error}") from error
         if text is None:
             raise SidecarError(
                 f"{path} has no header in its metadata, so nobody can tell what was measured. "

@@ -134,6 +134,13 @@ def test_a_lone_file_with_a_flipped_bit_raises_nothing_foreign(intact, tmp_path_
         open_and_load(path)
 
 
+def test_a_lone_file_of_a_dtype_that_safetensors_does_not_know(intact, tmp_path):
+    path = tmp_path / "lone.safetensors"
+    path.write_bytes(intact[FILE].replace(b'"dtype":"F32"', b'"dtype":"F99"'))
+    with pytest.raises(SidecarError, match=r"cannot read the sidecar .*lone\.safetensors: .*`F99`"):
+        open_and_load(path)
+
+
 def test_a_flipped_bit_of_a_value_is_told_with_the_remedy(sidecar):
     path = sidecar / FILE
     content = bytearray(path.read_bytes())
