@@ -201,14 +201,17 @@ class Together(Task[tuple[torch.Tensor, ...]]):
 
     def execute(self, **made: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors."""
-        loads = {i: task for i, task in enumerate(self.tasks) if isinstance(task, LoadPrecision)}
+        loads = {}
+        for i, task in enumerate(self.tasks):
+            if isinstance(task, LoadPrecision):
+                loads[i] = task
+            elif str(i) not in made:  # now, so that the disk reads it during what follows
+                made[str(i)] = task.execute()
         # Only reading: what is computed has torch's threads, and memory for one at a time.
         read = side_by_side([task.read for task in loads.values()])
         for (i, task), content in zip(loads.items(), read, strict=True):
             made[str(i)] = task.made_of(content)
-        return tuple(
-            made[str(i)] if str(i) in made else task.execute() for i, task in enumerate(self.tasks)
-        )
+        return tuple(made[str(i)] for i in range(len(self.tasks)))
 
     def priority(self) -> int:
         """Load late."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Remedies:
         if self.one_by_one:
             return by_itself(model, kind, place or self.given.get(model))
         command, flags = f"{MEASURE} {recipe()}", _flags(model)
-        return Remedy(f"{command}{flags}", f"{command} --model {model} --force{flags}")
+        return Remedy(f"{command}{flags}", f"{command} --model {_word(model)} --force{flags}")
 
     @property
     def of_all(self) -> str:
@@ -65,8 +66,10 @@ class Remedies:
 def by_itself(model: ModelReference, kind: str = DEFAULT_KIND, place: Path | None = None) -> Remedy:
     """Return the sentences with the command that measures a model without its recipe."""
     which = "" if kind == DEFAULT_KIND else f" --kind {kind}"
-    out = f" --out {place}" if place is not None else ""
-    command = f"{MEASURE} --model {model}{which}{out}{_flags(model)} --path DATA --text COLUMN"
+    out = f" --out {_word(place)}" if place is not None else ""
+    command = (
+        f"{MEASURE} --model {_word(model)}{which}{out}{_flags(model)} --path DATA --text COLUMN"
+    )
     return Remedy(command, f"{command} --force")
 
 
@@ -79,5 +82,10 @@ def _flags(model: ModelReference) -> str:
         given["--lora-merge-dtype"] = loaders.lora_merge_dtype
     if not all(Path(part.path).exists() for part in (model.model, model.lora) if part is not None):
         given["--transformers-cache"] = loaders.hf_cache_dir
-    words = [f" {flag} {value}" for flag, value in given.items() if value]
+    words = [f" {flag} {_word(value)}" for flag, value in given.items() if value]
     return "".join([*words, " --trust-remote-code" if loaders.trust_remote_code else ""])
+
+
+def _word(value: object) -> str:
+    """Return one word of a shell's command."""
+    return shlex.quote(str(value))

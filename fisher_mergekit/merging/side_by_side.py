@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -17,40 +18,41 @@ T = TypeVar("T")
 def side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
     """Return what calls give, in their order, made by as many threads as torch computes with.
 
-    This thread is one of them: it is awake, and others first have to be woken. The first error is
-    raised when no call is being made any more.
+    This thread is one of them: it is awake, and others first have to be woken. It does without
+    them where they cannot be had. After an error no call is begun; when none is being made any
+    more, the error of the first call that has one is raised.
     """
     waiting = deque(enumerate(calls))
     found: dict[int, T] = {}
+    errors: dict[int, Exception] = {}
 
     def work() -> None:
-        while True:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 number, call = waiting.popleft()
-            except IndexError:
-                return
-            found[number] = call()
+                try:
+                    found[number] = call()
+                except Exception as error:
+                    errors[number] = error
+                    waiting.clear()
 
-    threads = min(torch.get_num_threads(), len(calls))
-    helpers = [_pool(os.getpid()).submit(work) for _ in range(1, threads)]
+    helpers: list[Future[None]] = []
     try:
+        with contextlib.suppress(RuntimeError):  # as many threads as there may be
+            for _ in range(1, min(torch.get_num_threads(), len(calls))):
+                helpers.append(_pool(os.getpid()).submit(work))
         work()
-    except BaseException:
-        waiting.clear()
-        raise
     finally:
-        errors = [error for helper in helpers if (error := _end(helper))]
+        waiting.clear()
+        for helper in helpers:
+            if not helper.cancel():  # it has begun; others come too late
+                helper.exception()
     if errors:
-        raise errors[0]
+        raise errors[min(errors)]
     return [found[number] for number in range(len(calls))]
-
-
-def _end(helper: Any) -> BaseException | None:
-    """Wait for a helper, unless it has not begun, and so comes too late; return its error."""
-    return None if helper.cancel() else helper.exception()
 
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Return this process's threads: one that it was forked from keeps its own."""
+    """Return this process's threads: a fork of it has to have its own."""
     return ThreadPoolExecutor(thread_name_prefix="side_by_side")

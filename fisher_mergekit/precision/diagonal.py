@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 17
-"""Elements that each thread of a CPU merges at once: 512 KiB of float32 a tensor. Eight or nine are
-in use at a time: they stay in a third-level cache, and mostly in the second. In smaller blocks to
-begin an operation takes as long as the operation."""
+"""Elements that each thread of a CPU merges at once: 512 KiB of float32 a tensor, as measured. In
+smaller blocks to begin an operation takes as long as the operation; larger ones go to memory and
+back, for eight or nine of them are in use at a time."""
 BLOCK_ELSEWHERE = 1 << 24
 """On other devices, where what counts is how often a kernel is started."""
 

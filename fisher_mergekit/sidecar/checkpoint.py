@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -164,6 +163,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.folder = Path(folder)
         self.stem = stem
         self._infos: dict[str, TensorInfo] = {}
+        self._open: dict[tuple[Path, str], safe_open] = {}
+        self._streams: dict[Path, ahead.Stream] = {}
         for file, names in self._files().items():
             infos = read_tensor_infos(file)
             missing = (names or set()) - infos.keys()
@@ -213,16 +214,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    @cached_property
-    def _open(self) -> dict[tuple[Path, str], safe_open]:
-        return {}
-
-    @cached_property
-    def _streams(self) -> dict[Path, ahead.Stream]:
-        return {}
-
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
-        """Load one tensor as stored; KeyError if there is no such name."""
+        """Load one tensor as stored, from any thread; KeyError if there is no such name."""
         info = self._infos[name]
         if info.file not in self._streams:
             self._streams[info.file] = ahead.Stream(info.file)

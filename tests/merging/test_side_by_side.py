@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -32,37 +35,56 @@ def test_as_many_calls_are_made_at_a_time_as_torch_has_threads(threads: int) -> 
 
 
 @pytest.mark.parametrize("bad", [0, 3, 7])
-def test_an_error_is_raised_when_all_calls_have_ended(threads: int, bad: int) -> None:
-    running: list[int] = []
+def test_an_error_is_raised_when_no_call_is_being_made(threads: int, bad: int) -> None:
+    begun: set[int] = set()
+    ended: set[int] = set()
 
-    def call(number: int) -> Callable[[], None]:
-        def made() -> None:
-            running.append(number)
+    def made(number: int) -> None:
+        begun.add(number)
+        try:
             if number == bad:
-                running.remove(number)
                 raise ValueError(f"number {number}")
-            threading.Event().wait(0.01)
-            running.remove(number)
-
-        return made
+            time.sleep(0.01)
+        finally:
+            ended.add(number)
 
     with pytest.raises(ValueError, match=f"number {bad}"):
-        side_by_side([call(number) for number in range(8)])
-    assert running == []
+        side_by_side([functools.partial(made, number) for number in range(100)])
+    assert begun == ended
+    assert len(begun) < 50  # after it none is begun
 
 
-def _in_a_fork(pipe) -> None:
-    pipe.send(side_by_side([lambda: 1, lambda: 2, lambda: 3]))
+def test_of_several_errors_the_first_call_s_is_raised(threads: int) -> None:
+    def made(number: int) -> None:
+        time.sleep(0.02 / (number + 1))  # the later ones are quicker
+        raise ValueError(f"number {number}")
+
+    with pytest.raises(ValueError, match="number 0"):
+        side_by_side([functools.partial(made, number) for number in range(8)])
+
+
+def test_where_no_more_threads_can_be_had_one_does_it_all(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    assert side_by_side([lambda: 1, lambda: 2, lambda: 3]) == [1, 2, 3]
+
+
+def _two_meet() -> None:
+    """Two threads wait for each other; one alone waits in vain."""
+    torch.set_num_threads(2)
+    side_by_side([threading.Barrier(2, timeout=20).wait] * 2)
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    side_by_side([lambda: 0] * 4)  # this process has some now, and the fork has not
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_in_a_fork, args=(theirs,))
+    before = torch.get_num_threads()
+    _two_meet()  # this process has some now, and the fork has not
+    torch.set_num_threads(before)
+    process = multiprocessing.get_context("fork").Process(target=_two_meet)
     process.start()
-    try:
-        assert ours.poll(60)
-        assert ours.recv() == [1, 2, 3]
-    finally:
-        process.kill()
-        process.join()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
