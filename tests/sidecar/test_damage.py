@@ -90,7 +90,7 @@ def test_a_truncated_file_is_told(sidecar, cut):
         Sidecar(sidecar, KIND)
 
 
-def test_a_file_that_has_grown_is_told_with_the_remedy(sidecar):
+def test_a_file_that_has_grown_is_told(sidecar):
     with (sidecar / FILE).open("ab") as file:
         file.write(b"\0\0\0\0")
     with pytest.raises(SidecarError, match="truncated or has grown"):
