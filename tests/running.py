@@ -29,11 +29,12 @@ _FROM_SOURCE = "from fisher_mergekit import startup; startup.start(); from {} im
 
 
 def command(
-    script: str, *arguments: object, **environment: object
+    script: str, *arguments: object, given: str | None = None, **environment: object
 ) -> subprocess.CompletedProcess[str]:
     """Run one of mergekit's commands or ours, plain where the package is installed.
 
     Args:
+        given: what comes through a pipe.
         environment: variables of the process beside this one's; offline, unless they say so.
     """
     if (Path(sysconfig.get_path("purelib")) / "fisher_mergekit.pth").exists():
@@ -42,6 +43,7 @@ def command(
         start = [sys.executable, "-c", _FROM_SOURCE.format(_SCRIPTS[script])]
     return subprocess.run(
         [*start, *map(str, arguments)],
+        input=given,
         capture_output=True,
         text=True,
         timeout=900,

@@ -17,13 +17,24 @@ BELOW = {
     "startup": {"errors", "merging"},
     "errors": set(),
     "methods": set(),
+    "shell": set(),
     "precision": {"errors"},
     "recipe": {"errors", "methods"},
     "sidecar": {"errors", "methods", "precision"},
     "measure": {"errors", "methods", "recipe", "precision", "sidecar"},
-    "merging": {"errors", "methods", "recipe", "precision", "sidecar"},
+    "merging": {"errors", "methods", "shell", "recipe", "precision", "sidecar"},
     "study": {"errors", "methods", "recipe", "precision", "sidecar", "measure", "merging"},
-    "cli": {"errors", "methods", "recipe", "precision", "sidecar", "measure", "merging", "study"},
+    "cli": {
+        "errors",
+        "methods",
+        "shell",
+        "recipe",
+        "precision",
+        "sidecar",
+        "measure",
+        "merging",
+        "study",
+    },
 }
 """What each room may import, besides itself."""
 

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from fisher_mergekit.cli.options import add_common_options, apply_common_options
+from fisher_mergekit.shell import word
 
 
 @click.command(
@@ -61,4 +62,4 @@ def demo(
         highlight=False,
     )
     first = recipe("fisher", results.tasks[0], EQUAL)
-    click.echo(f"  cd {out} && mergekit-yaml {first} merged/mine")
+    click.echo(f"  cd {word(out)} && mergekit-yaml {first} merged/mine")

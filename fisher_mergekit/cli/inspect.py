@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fisher_mergekit.cli.factor_tables import print_every_factor, print_factors
 from fisher_mergekit.errors import SidecarError
-from fisher_mergekit.sidecar.location import FOLDER_NAME, writing_place
+from fisher_mergekit.sidecar.location import FOLDER_NAME
 from fisher_mergekit.sidecar.page import facts
 from fisher_mergekit.sidecar.reader import Sidecar, read_header
 from fisher_mergekit.study.factors import read_factors
@@ -33,8 +34,8 @@ Examples:
 def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | None) -> None:
     """Show the header of SIDECAR and its mass by layer and tensor type, kind by kind.
 
-    SIDECAR is a sidecar folder, one of its files, the folder of a model that has one, or the Hub
-    name of a model that was measured here.
+    SIDECAR is a sidecar folder, one of its files, or a model that has one: its folder, its Hub
+    name, or MODEL+ADAPTER.
     """
     path = _place(sidecar)
     kinds = [kind] if kind else _kinds(path)
@@ -53,16 +54,31 @@ def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | No
 
 
 def _place(given: Path) -> Path:
-    """Return the sidecar of what was given: itself, a model's, or one in the user's cache."""
+    """Return the sidecar of what was given: itself, or a model's."""
     if given.exists():
-        return given / FOLDER_NAME if (given / FOLDER_NAME).is_dir() else given
-    cached = writing_place(str(given))
-    if not cached.exists():
+        own = [path for path in sorted(given.glob(f"{FOLDER_NAME}*")) if path.is_dir()]
+        if len(own) > 1:  # of an adapter: its own, and those of models that it is put on
+            raise SidecarError(
+                f"{given} holds {len(own)} sidecars: name one of {', '.join(map(str, own))}."
+            )
+        return own[0] if own else given
+    # Only now, because they take seconds to import.
+    from mergekit.common import ModelReference
+
+    from fisher_mergekit.cli.local import sidecar_places
+
+    try:
+        places = sidecar_places(ModelReference.parse(str(given)))
+    except RuntimeError:
+        places = ()
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
         raise SidecarError(
-            f"there is no file or folder {given}, and no sidecar at {cached}, where that of a Hub "
-            "model of this name would be. Measure the model: mergekit-fisher precompute RECIPE"
+            f"there is no file or folder {given}, and no sidecar of a model of this name"
+            + (f" at {' or '.join(map(str, places))}" if places else "")
+            + ". Measure the model: mergekit-fisher precompute RECIPE"
         )
-    return cached
+    return found
 
 
 def _kinds(path: Path) -> list[str]:
@@ -106,7 +122,7 @@ def _print_header(console: Console, sidecar: Sidecar) -> None:
         **facts(sidecar.measurement),
     }
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", value.replace("`", ""))
+        table.add_row(f"[bold]{name}[/bold]", escape(value.replace("`", "")))
     console.print(table, end="\n\n")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,8 @@ def find(reference: ModelReference, storage: Storage) -> LocalModel:
         )
     base = None
     if is_adapter(first):
-        base = _folder(ModelPath.model_validate(base_of(first)), storage)
+        name, revision = base_of(first)
+        base = _folder(ModelPath(path=name, revision=revision), storage)
     return LocalModel(
         folder=first,
         tokenizer=base if base is not None and not _can_read(first) else first,
@@ -93,6 +94,18 @@ def find(reference: ModelReference, storage: Storage) -> LocalModel:
         present=reading_places(path.path, path.revision, first),
         out=writing_place(path.path, path.revision),
     )
+
+
+def sidecar_places(reference: ModelReference) -> tuple[Path, ...]:
+    """Return where a model's sidecars may be here; nothing is downloaded or made for it."""
+    owner = reference.lora or reference.model
+    base = None if reference.lora is None else str(reference.model)
+    snapshot = Path(owner.path)
+    if not snapshot.exists():
+        with contextlib.suppress(Exception):  # it has not been downloaded
+            found = snapshot_download(owner.path, revision=owner.revision, local_files_only=True)
+            snapshot = Path(found)
+    return reading_places(owner.path, owner.revision, snapshot, base)
 
 
 def _folder(path: ModelPath, storage: Storage) -> Path:
@@ -131,7 +144,9 @@ def _merged(reference: ModelReference, storage: Storage) -> Path:
             f"{reference} is a model and an adapter, which mergekit merges into a folder. Name one "
             "with --lora-merge-cache DIR, here and for mergekit-yaml."
         )
-    before = set(os.listdir(cache)) if Path(cache).is_dir() else set()
+    assert reference.lora is not None
+    made = Path(cache) / f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
+    was_there = made.exists()
     try:
         merged = reference.merged(
             cache_dir=cache,
@@ -139,8 +154,8 @@ def _merged(reference: ModelReference, storage: Storage) -> Path:
             lora_merge_dtype=storage.lora_merge_dtype,
         )
     except Exception as error:  # peft's and transformers' own errors are of every class
-        for name in set(os.listdir(cache)) - before if Path(cache).is_dir() else ():
-            shutil.rmtree(Path(cache) / name)  # mergekit would take it for the result
+        if not was_there:  # mergekit would take it for the result
+            shutil.rmtree(made, ignore_errors=True)
         raise RecipeError(f"mergekit cannot merge {reference}: {error}") from None
     folder = Path(merged.model.path)
     try:

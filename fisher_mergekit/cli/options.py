@@ -17,7 +17,7 @@ class ShardSize(ShardSizeParamType):
         """Return the number of bytes."""
         try:
             size: int = super().convert(value, param, ctx)
-        except ValueError:
+        except (ValueError, IndexError):  # of nothing
             size = 0
         if size <= 0:
             self.fail(f"{value!r} is not a size such as 5B, 200M or 10k.", param, ctx)

@@ -32,6 +32,7 @@ from fisher_mergekit.recipe import (
     read_calibration,
     read_recipe,
 )
+from fisher_mergekit.shell import flags, word
 from fisher_mergekit.sidecar.location import holding
 from fisher_mergekit.sidecar.page import what_was_read
 
@@ -134,7 +135,7 @@ def precompute(
     verbosity: int,
     quiet: bool,
     num_threads: int | None,
-    **flags: Any,
+    **given_flags: Any,
 ) -> None:
     """Measure every model of RECIPE that has no valid sidecar yet.
 
@@ -143,7 +144,7 @@ def precompute(
     """
     apply_common_options(verbosity, quiet, num_threads)
     start = time.perf_counter()
-    overrides = _overrides(flags, random_seed)
+    overrides = _overrides(given_flags, random_seed)
     options: dict[str, Any] = {
         "device": _device(device, cuda),
         "trust_remote_code": trust_remote_code,
@@ -218,9 +219,9 @@ class _ProgressBar:
             self._bar.close()
 
 
-def _overrides(flags: dict[str, Any], seed: int | None) -> dict[str, Any]:
+def _overrides(flagged: dict[str, Any], seed: int | None) -> dict[str, Any]:
     """Return the calibration keys that were given as flags."""
-    given = {key: value for key, value in flags.items() if value is not None and value != ()}
+    given = {key: value for key, value in flagged.items() if value is not None and value != ()}
     for key in _REPEATED:
         if key in given:
             columns = given[key]
@@ -239,7 +240,13 @@ def _requests(
             raise RecipeError(
                 "give a recipe, or one model: --model MODEL --path DATA --text COLUMN"
             )
-        reference = ModelReference.parse(model)
+        try:
+            reference = ModelReference.parse(model)
+        except RuntimeError as error:
+            raise RecipeError(
+                f"--model {model}: {error}. A model is written MODEL, MODEL@REVISION or "
+                "MODEL+ADAPTER."
+            ) from None
         return [(reference, out, ("fisher",), read_calibration(overrides, where="flags"))]
     recipe = read_recipe(recipe_path)
     spelt = None if model is None else (model, model.rstrip("/"))
@@ -299,10 +306,9 @@ def _summary(
             "--lora-merge-cache": storage.lora_merge_cache,
             "--lora-merge-dtype": storage.lora_merge_dtype,
             "--transformers-cache": storage.transformers_cache,
+            "--trust-remote-code": storage.trust_remote_code,
         }
-        more = "".join(f" {flag} {value}" for flag, value in given.items() if value)
-        more += " --trust-remote-code" if storage.trust_remote_code else ""
-        click.echo(f"Next: mergekit-yaml {recipe} merged/{more}")
+        click.echo(f"Next: mergekit-yaml {word(recipe)} merged/{flags(given)}")
     else:
         place = jobs[0].out if measured else holding(jobs[0].present, jobs[0].kinds[0])
-        click.echo(f"Next: mergekit-fisher inspect {place}")
+        click.echo(f"Next: mergekit-fisher inspect {word(place)}")

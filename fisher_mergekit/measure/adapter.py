@@ -42,8 +42,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / _CONFIG).is_file() and not whole
 
 
-def base_of(folder: Path) -> str:
-    """Return the reference of the model that an adapter was trained on.
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """Return the model that an adapter was trained on, and its revision if that matters.
 
     Raises:
         CheckpointError: the adapter does not say.
@@ -55,7 +55,7 @@ def base_of(folder: Path) -> str:
             f"{folder / _CONFIG} does not say which model the adapter was trained on; write it "
             "there as base_model_name_or_path."
         )
-    return base if revision is None else f"{base}@{revision}"
+    return base, revision
 
 
 def read_adapter_config(

@@ -4,6 +4,7 @@
     method.py     the object that mergekit's registry holds: parameters, and a refusal
     planner.py    from mergekit's planner to tasks: record its walk, check, build
     walk.py       the record of mergekit's walk
+    command.py    which of mergekit's commands runs, and on which recipe's file
     files.py      a model's tensors, and what transformers makes of them while loading
     slots.py      an output tensor and the models' tensors that go into it
     settings.py   lambda and the method's parameters, resolved for one output tensor
@@ -19,6 +20,8 @@
     ways.py       by which kind each tensor is merged, and the kinds' scales
     build.py      from ways to tasks; layers that share their inputs
     aligning.py   tasks: tables of tokens, and what was measured of them, brought in line
+    planned.py    what planning has opened, for the tasks
+    side_by_side.py  calls in several threads
     loading.py    mergekit graph tasks that load: thetas, precisions
     tasks.py      mergekit graph tasks that merge them, put together, copy
     card.py       the merged model's README.md: what was measured of each model

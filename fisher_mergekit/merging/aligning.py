@@ -22,9 +22,8 @@ from mergekit.tokenizer.build import get_stripped_tokenizer
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from fisher_mergekit.merging.loading import LoadPrecision, LoadTheta, OwnRows, Precision, Theta
+from fisher_mergekit.merging.planned import Planned
 from fisher_mergekit.precision.rows import ABSENT, taken, uncoupled
-
-_built: dict[BuildTokenizer, TokenizerInfo] = {}
 
 
 class Tokenizer(BuildTokenizer):
@@ -32,11 +31,10 @@ class Tokenizer(BuildTokenizer):
 
     def execute(self, **_: Any) -> TokenizerInfo:
         """Return the tokenizer, and where each model's tokens go."""
-        return _built.get(self) or build_anew(self)
+        return BUILT.again(self)
 
 
-def build_anew(task: Tokenizer) -> TokenizerInfo:
-    """Build the output's tokenizer; the tasks of this merge will use it."""
+def _build(task: Tokenizer) -> TokenizerInfo:
     info = BuildTokenizer.execute(task)
     for permutation in info.permutations.values():
         # mergekit leaves out a token that the model has a number for but no row.
@@ -51,8 +49,11 @@ def build_anew(task: Tokenizer) -> TokenizerInfo:
             number = info.tokenizer.get_vocab().get(token)
             if number is not None:
                 info.permutations[task.base_model][number] = ABSENT
-    _built[task] = info
     return info
+
+
+BUILT = Planned(_build)
+"""The output's tokenizer, by its task."""
 
 
 class Gather(Task[dict[ModelReference, torch.Tensor]]):

@@ -206,10 +206,12 @@ def _remarks(
             f"The Fisher of {_code(config.base_model)}, which the models were trained from, is a "
             f"[prior]({PRIOR_PAPER}); lambdas say how much of each model is added to it."
         )
-    kept = [slot.name for slot in outputs if slot.excluded]
-    if kept:
-        named = some([*map(_code, kept)])
-        yield f"Not merged, but taken from {_code(config.base_model)}: {named}."
+    kept: dict[ModelReference, list[str]] = {}  # a slice may have a base_model of its own
+    for slot in outputs:
+        if slot.excluded and slot.sources:
+            kept.setdefault(slot.sources[0].model, []).append(_code(slot.name))
+    for model, names in kept.items():
+        yield f"Not merged, but taken from {_code(model)}: {some(names)}."
 
 
 def _parameters(keys: Iterable[str], decision: Decision) -> Iterator[str]:

@@ -20,6 +20,7 @@ from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from fisher_mergekit.errors import CheckpointError
+from fisher_mergekit.merging.planned import Planned
 from fisher_mergekit.sidecar.checkpoint import Checkpoint, TensorInfo
 from fisher_mergekit.sidecar.layout import Group, Layout, skeleton
 
@@ -147,22 +148,8 @@ class ModelFiles(Mapping[str, TensorInfo]):
 Files: TypeAlias = Mapping[ModelReference, ModelFiles]
 """Each model's files."""
 
-_opened: dict[ModelReference, ModelFiles] = {}
-
-
-def open_anew(model: ModelReference) -> ModelFiles:
-    """Open a model's files as they are on disk now; the tasks of this merge will ask them.
-
-    Raises:
-        CheckpointError: no files, or damaged ones.
-    """
-    _opened[model] = ModelFiles(model)
-    return _opened[model]
-
-
-def reopen(model: ModelReference) -> ModelFiles:
-    """Return the files that were opened in planning, or open them in a process that did not."""
-    return _opened.get(model) or open_anew(model)
+OPENED = Planned(ModelFiles)
+"""The files of this merge's models, by model."""
 
 
 def _own_names(weight: WeightInfo) -> tuple[str, ...]:

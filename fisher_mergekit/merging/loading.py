@@ -50,7 +50,7 @@ class LoadTheta(Theta):
 
     def execute(self, **_: Any) -> torch.Tensor:
         """Return the tensor as stored, mapped into memory."""
-        held = files.reopen(self.model)
+        held = files.OPENED.again(self.model)
 
         def load(name: str) -> torch.Tensor:
             return held.checkpoint.load(name, self.device or "cpu")
@@ -124,7 +124,7 @@ class LoadPrecision(Precision):
         Raises:
             SidecarError: the bytes are not those that were written.
         """
-        sidecar = sidecars.reopen(self.path, self.kind)
+        sidecar = sidecars.OPENED.again(self.path, self.kind)
         try:
             return {name: sidecar.load_scanned(name) for name in self.parts or (self.name,)}
         except SidecarError as error:
@@ -139,7 +139,7 @@ class LoadPrecision(Precision):
         tensors = {name: self._fit(name, *found) for name, found in read.items()}
         if not self.parts:
             return tensors[self.name]
-        return files.reopen(self.model).convert(self.name, tensors)
+        return files.OPENED.again(self.model).convert(self.name, tensors)
 
     def _fit(self, name: str, tensor: torch.Tensor, is_plain: bool) -> torch.Tensor:
         if tensor.numel() and (self.form == "matrix" or not is_plain):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.merging.command import is_one_of_several, recipe
+from fisher_mergekit.shell import flags, word
 
 MEASURE = "Run: mergekit-fisher precompute"
 DEFAULT_KIND = "fisher"
@@ -53,8 +53,8 @@ class Remedies:
         """
         if self.one_by_one:
             return by_itself(model, kind, place or self.given.get(model))
-        command, flags = f"{MEASURE} {recipe()}", _flags(model)
-        return Remedy(f"{command}{flags}", f"{command} --model {_word(model)} --force{flags}")
+        command, more = f"{MEASURE} {recipe()}", _flags(model)
+        return Remedy(f"{command}{more}", f"{command} --model {word(model)} --force{more}")
 
     @property
     def of_all(self) -> str:
@@ -66,9 +66,9 @@ class Remedies:
 def by_itself(model: ModelReference, kind: str = DEFAULT_KIND, place: Path | None = None) -> Remedy:
     """Return the sentences with the command that measures a model without its recipe."""
     which = "" if kind == DEFAULT_KIND else f" --kind {kind}"
-    out = f" --out {_word(place)}" if place is not None else ""
+    out = f" --out {word(place)}" if place is not None else ""
     command = (
-        f"{MEASURE} --model {_word(model)}{which}{out}{_flags(model)} --path DATA --text COLUMN"
+        f"{MEASURE} --model {word(model)}{which}{out}{_flags(model)} --path DATA --text COLUMN"
     )
     return Remedy(command, f"{command} --force")
 
@@ -76,16 +76,11 @@ def by_itself(model: ModelReference, kind: str = DEFAULT_KIND, place: Path | Non
 def _flags(model: ModelReference) -> str:
     """Return the flags of this merge that the measuring of a model needs too."""
     loaders = LoaderCache()
-    given: dict[str, str | None] = {}
+    given: dict[str, str | bool | None] = {}
     if model.lora is not None:
         given["--lora-merge-cache"] = loaders.lora_cache_dir
         given["--lora-merge-dtype"] = loaders.lora_merge_dtype
     if not all(Path(part.path).exists() for part in (model.model, model.lora) if part is not None):
         given["--transformers-cache"] = loaders.hf_cache_dir
-    words = [f" {flag} {_word(value)}" for flag, value in given.items() if value]
-    return "".join([*words, " --trust-remote-code" if loaders.trust_remote_code else ""])
-
-
-def _word(value: object) -> str:
-    """Return one word of a shell's command."""
-    return shlex.quote(str(value))
+    given["--trust-remote-code"] = loaders.trust_remote_code
+    return flags(given)

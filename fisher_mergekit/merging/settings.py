@@ -53,9 +53,7 @@ def resolve(
         The settings by the output tensor's name, with defaults where the recipe's are wrong; and
         what is wrong, each kind of mistake once a model.
     """
-    spelling = (
-        WEIGHT if any("weight" in keys for _, keys, _ in parameter_blocks(config)) else LAMBDA
-    )
+    spelling = WEIGHT if any("weight" in b.parameters for b in parameter_blocks(config)) else LAMBDA
     problems: dict[object, str] = {}
     resolved: dict[str, TensorSettings] = {}
     zero: list[str] = []

@@ -12,7 +12,9 @@ from mergekit.io.tasks import LoaderCache
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.merging.files import Files
+from fisher_mergekit.merging.planned import Planned
 from fisher_mergekit.merging.remedies import Remedies, Remedy
+from fisher_mergekit.recipe import measured_as, parameter_blocks
 from fisher_mergekit.sidecar import header
 from fisher_mergekit.sidecar.checkpoint import TensorInfo
 from fisher_mergekit.sidecar.location import holding, reading_places
@@ -24,24 +26,10 @@ COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
 ASYMMETRY = 1e-3
 """Largest difference of a factor from its transpose, relative to its largest value."""
 
-_opened: dict[tuple[Path, str], Sidecar] = {}
+OPENED = Planned(Sidecar)
+"""The sidecars of this merge, by path and kind."""
+
 _remedies: dict[tuple[Path, str], Remedy] = {}
-
-
-def open_anew(path: Path, kind: str) -> Sidecar:
-    """Open a sidecar as it is on disk now; the tasks of this merge will read from it.
-
-    Raises:
-        SidecarError: missing, partial or damaged.
-    """
-    sidecar = Sidecar(path, kind)
-    _opened[path, kind] = sidecar
-    return sidecar
-
-
-def reopen(path: Path, kind: str) -> Sidecar:
-    """Return the sidecar that was opened in planning, or open it in a process that did not plan."""
-    return _opened.get((path, kind)) or open_anew(path, kind)
 
 
 def remedy_of(path: Path, kind: str) -> str:
@@ -102,26 +90,27 @@ def given_paths(config: MergeConfiguration) -> tuple[dict[ModelReference, Path],
     """Return the sidecars that the recipe names, and what is wrong with them.
 
     Args:
-        config: a recipe in mergekit's normal form, in which all models stand in slices.
+        config: the recipe.
     """
     given: dict[ModelReference, Path] = {}
     problems = []
-    for module in (config.modules or {}).values():
-        for source in (source for piece in module.slices or () for source in piece.sources):
-            raw = (source.parameters or {}).get("sidecar")
-            if raw is None:
-                continue
-            if not isinstance(raw, str) or not raw:
-                problems.append(
-                    f"sidecar of {source.model}: expected a folder or a .safetensors file, "
-                    f"got {raw!r}."
-                )
-            elif given.setdefault(source.model, Path(raw)) != Path(raw):
-                problems.append(
-                    f"sidecar of {source.model}: {given[source.model]} in one slice, {raw} in "
-                    "another; a model has one sidecar."
-                )
-    return given, list(dict.fromkeys(problems))
+    for block in parameter_blocks(config):
+        raw = block.parameters.get("sidecar") if block.is_model else None
+        if raw is None:
+            continue
+        model = measured_as(block.understood.model)
+        if not isinstance(raw, str) or not raw:
+            problems.append(
+                f"sidecar of {model}: expected a folder or a .safetensors file, got {raw!r}."
+            )
+        elif given.setdefault(model, Path(raw)) != Path(raw):
+            problems.append(
+                f"sidecar of {model}: {given[model]} in one slice, {raw} in another; a model has "
+                "one sidecar."
+            )
+    spelt = {model: measured_as(model) for model in config.referenced_models()}
+    by_spelling = {model: given[one] for model, one in spelt.items() if one in given}
+    return by_spelling, list(dict.fromkeys(problems))
 
 
 def open_checked(
@@ -147,7 +136,7 @@ def open_checked(
     """
     _remedies[path, kind] = remedy
     try:
-        sidecar = open_anew(path, kind)
+        sidecar = OPENED.anew(path, kind)
     except SidecarError as error:  # missing or damaged
         return None, [f"{model}: {error.message} {remedy.measure}"]
     measured = [name for name in names if name in sidecar.weights]
@@ -156,7 +145,7 @@ def open_checked(
     foreign = sidecar.foreign(files, measured)
     stored = list(dict.fromkeys(part for name in measured for part in sidecar.stored(name)))
     records = sidecar.measurement.tensors
-    sums = {name: records[name].sum_of_squares for name in stored}
+    sums = {name: sidecar.sum_of_squares(name) for name in stored}
     impossible = [name for name, value in sums.items() if not (0 <= value < math.inf)]
     lopsided = [name for name in stored if (records[name].asymmetry or 0) > ASYMMETRY]
     problems = []
@@ -202,7 +191,7 @@ def squared_norm(sidecar: Sidecar, weight: str) -> float:
     Of a Kronecker product it is the product of its factors' sums: ‖B ⊗ A‖² = ‖B‖² ‖A‖². Of several
     in one tensor (packed experts) only the totals are known; they count as if they were alike.
     """
-    squares = [sidecar.measurement.tensors[n].sum_of_squares for n in sidecar.stored(weight)]
+    squares = [sidecar.sum_of_squares(name) for name in sidecar.stored(weight)]
     factors = sidecar.measurement.factors.get(weight)
     if factors is None:
         return math.fsum(squares)

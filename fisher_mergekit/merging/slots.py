@@ -112,7 +112,7 @@ def open_files(records: Iterable[Record]) -> tuple[Files, list[str]]:
         if model is None:
             continue
         try:
-            files[model] = model_files.open_anew(model)
+            files[model] = model_files.OPENED.anew(model)
         except CheckpointError as error:
             problems.append(f"{model}: {error.message}")
     return files, problems

@@ -13,7 +13,7 @@ does not stay in memory for longer.
 from __future__ import annotations
 
 import functools
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -126,14 +126,12 @@ class MergeTask(Task[torch.Tensor]):
         Raises:
             CheckpointError: the result is not finite; names the model whose weights are not.
         """
+        tasks = chain.from_iterable(self._groups())
         loaded = chain.from_iterable(groups[f"group_{number}"] for number in range(len(groups)))
-        thetas = tuple(islice(loaded, len(self.thetas)))
-        present = tuple(islice(loaded, len(self.present)))
-        parts: list[list[torch.Tensor]] = [[] for _ in self.precisions]
-        for part in range(max(map(len, self.precisions))):
-            for tasks, found in zip(self.precisions, parts, strict=True):
-                found.extend(islice(loaded, 1 if part < len(tasks) else 0))
-        precisions = [tuple(found) for found in parts]
+        made = dict(zip(tasks, loaded, strict=True))
+        thetas = tuple(made[task] for task in self.thetas)
+        present = tuple(made[task] for task in self.present)
+        precisions = [tuple(made[task] for task in own) for own in self.precisions]
         options = dict(self.options)
         if self.shared is not None:
             options["shared"] = shared
@@ -196,7 +194,7 @@ class ConvertTask(Task[torch.Tensor]):
 
     def execute(self, **pieces: torch.Tensor) -> torch.Tensor:
         """Return what transformers makes of them; it only moves numbers."""
-        return files.reopen(self.model).convert(self.target, pieces)
+        return files.OPENED.again(self.model).convert(self.target, pieces)
 
 
 class CopyTask(Task[torch.Tensor]):
@@ -226,7 +224,8 @@ class CopyTask(Task[torch.Tensor]):
             CheckpointError: values that are finite as stored do not fit into the dtype.
         """
         result = tensor.to(dtype_from_name(self.dtype) or tensor.dtype)
-        if _is_finite(tensor) and not _is_finite(result):
+        is_cast = result.dtype != tensor.dtype
+        if is_cast and _is_finite(tensor) and not _is_finite(result):
             raise CheckpointError(
                 f"{self.name} of {self.theta.model} does not fit into {result.dtype}; choose "
                 "another `dtype:`."

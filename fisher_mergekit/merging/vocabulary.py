@@ -20,7 +20,7 @@ from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 
 from fisher_mergekit.errors import nearest
-from fisher_mergekit.merging.aligning import Tokenizer, build_anew
+from fisher_mergekit.merging.aligning import BUILT, Tokenizer
 from fisher_mergekit.merging.slots import Slot, Source
 from fisher_mergekit.precision.rows import ABSENT
 
@@ -111,7 +111,7 @@ def find(planner: MergePlanner) -> tuple[Vocabulary, list[str]]:
             "configuration like those of any of the models. Name one to have the same each time."
         )
     try:
-        info = build_anew(own)
+        info = BUILT.anew(own)
     except Exception as error:  # whatever a tokenizer's code stumbles over
         told = (str(error).splitlines() or [type(error).__name__])[0]
         source = own.tokenizer_source  # a misspelt word is a model's name to mergekit

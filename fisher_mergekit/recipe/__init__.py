@@ -3,9 +3,10 @@
 One file serves two commands. `mergekit-yaml` reads mergekit's part and ignores the rest; this room
 reads all of it, and refuses what mergekit would drop in silence: unknown and misspelt keys.
 
+    blocks.py        the recipe's mappings, as written and as mergekit understands them
     calibration.py   `calibration`, of the recipe or of a model: what to measure on, and how
     parameters.py    `parameters`: lambda, weight and sidecar of a model; the method's own; exclude
-    misspelt.py      keys that are nearly mergekit's own
+    dropped.py       keys that have no effect where they stand
     reading.py       the whole recipe, as the measuring step reads it
 """
 
@@ -22,7 +23,13 @@ from fisher_mergekit.recipe.parameters import (
     parameter_blocks,
     parameter_problems,
 )
-from fisher_mergekit.recipe.reading import Recipe, RecipeModel, parse_config, read_recipe
+from fisher_mergekit.recipe.reading import (
+    Recipe,
+    RecipeModel,
+    measured_as,
+    parse_config,
+    read_recipe,
+)
 
 __all__ = [
     "Attention",
@@ -33,6 +40,7 @@ __all__ = [
     "RecipeModel",
     "Unit",
     "exclude_patterns",
+    "measured_as",
     "parameter_blocks",
     "parameter_problems",
     "parse_config",

@@ -9,12 +9,10 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from fisher_mergekit.errors import nearest
 from fisher_mergekit.methods import METHODS
+from fisher_mergekit.recipe.blocks import Block, blocks
 
 MODEL_KEYS = ("lambda", "weight", "sidecar")
 """Known keys under a model's `parameters`."""
-
-WHOLE = "parameters"
-"""How messages call the recipe's own `parameters`, which hold for all models and slices."""
 
 
 def exclude_patterns(config: MergeConfiguration) -> tuple[tuple[str, ...], list[str]]:
@@ -42,11 +40,11 @@ def parameter_problems(config: MergeConfiguration) -> list[str]:
     whole_keys = (*method.keys, "lambda", "weight", "exclude")
     problems: list[str] = []
     used: set[str] = set()
-    for where, keys, is_model in parameter_blocks(config):
-        used |= {"lambda", "weight"} & set(keys)
-        is_whole = where == WHOLE
-        known = MODEL_KEYS if is_model else whole_keys if is_whole else shared_keys
-        for key in keys:
+    for block in parameter_blocks(config):
+        used |= {"lambda", "weight"} & block.parameters.keys()
+        where = "parameters" if block.is_whole else f"parameters of {block.where}"
+        known = MODEL_KEYS if block.is_model else whole_keys if block.is_whole else shared_keys
+        for key in block.parameters:
             if key in known:
                 continue
             if key in MODEL_KEYS:
@@ -65,29 +63,15 @@ def parameter_problems(config: MergeConfiguration) -> list[str]:
     return problems
 
 
-def parameter_blocks(
-    config: MergeConfiguration,
-) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    """Yield (where, settings, is it a model's) of every `parameters` in the recipe."""
-    yield WHOLE, config.parameters or {}, False
-    for model in config.models or ():
-        yield f"parameters of {model.model}", model.parameters or {}, True
-    modules = config.modules or {}
-    for name, module in modules.items():
-        yield f"parameters of module {name}", module.parameters or {}, False
-        for model in module.models or ():
-            yield f"parameters of {model.model} in {name}", model.parameters or {}, True
-    slices = [*(config.slices or ()), *(s for m in modules.values() for s in m.slices or ())]
-    for index, piece in enumerate(slices):
-        yield f"parameters of slice {index}", piece.parameters or {}, False
-        for source in piece.sources:
-            yield f"parameters of {source.model} in slice {index}", source.parameters or {}, True
+def parameter_blocks(config: MergeConfiguration) -> Iterator[Block]:
+    """Yield the blocks of the recipe that have `parameters`."""
+    return (block for block in blocks(config) if block.parameters)
 
 
 def shared_values(config: MergeConfiguration, key: str) -> list[Any]:
     """Return all values that a parameter has in a recipe, its modules and slices."""
-    blocks = (keys for _, keys, is_model in parameter_blocks(config) if not is_model)
-    return [value for keys in blocks for value in _values(keys.get(key))]
+    shared = (block.parameters for block in blocks(config) if not block.is_model)
+    return [value for keys in shared for value in _values(keys.get(key))]
 
 
 def _values(setting: Any) -> list[Any]:

@@ -14,9 +14,13 @@ from pydantic import ValidationError
 
 from fisher_mergekit.errors import PlanningError, RecipeError, nearest
 from fisher_mergekit.methods import METHODS
+from fisher_mergekit.recipe.blocks import blocks
 from fisher_mergekit.recipe.calibration import Calibration, Kind, read_calibration
-from fisher_mergekit.recipe.misspelt import NEAR, misspelt
-from fisher_mergekit.recipe.parameters import MODEL_KEYS, parameter_problems, shared_values
+from fisher_mergekit.recipe.dropped import NEAR, dropped_keys
+from fisher_mergekit.recipe.parameters import parameter_problems, shared_values
+
+SEVERAL = "expected a single document in the stream"
+"""PyYAML's words for several recipes in one file."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,6 @@ class RecipeModel:
 class Recipe:
     """A recipe that is ready to be measured."""
 
-    path: Path
-    method: str
     kinds: tuple[str, ...]
     models: tuple[RecipeModel, ...]
 
@@ -54,47 +56,37 @@ def read_recipe(path: Path) -> Recipe:
             f"{nearest(config.merge_method, METHODS, cutoff=NEAR)} "
             f"Methods that do: {', '.join(METHODS)}."
         )
-    problems = [*dropped_keys(content), *parameter_problems(config)]
+    problems = [*dropped_keys(config, content), *parameter_problems(config)]
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
-    found = _entries(content)
+    found = _entries(config, content)
     models = [
         _model(reference, entries, content.get("calibration"), where=str(path))
         for reference, entries in found.items()
     ]
     if base := _prior(config, content, [model.reference for model in models], where=str(path)):
         models.append(base)
-    return Recipe(path, config.merge_method, kinds_of(config), tuple(models))
+    return Recipe(kinds_of(config), tuple(models))
 
 
-def dropped_keys(content: Mapping[str, Any]) -> list[str]:
-    """Say which keys mergekit would drop in silence: misspelt, or in the wrong place.
-
-    Args:
-        content: a recipe for one of our methods, of which mergekit can read its part.
-    """
-    found = _entries(content)
-    named = [(str(model), entry) for model, entries in found.items() for entry in entries]
-    return [*misspelt(content, named), *_misplaced(content, named)]
-
-
-def _entries(content: Mapping[str, Any]) -> dict[ModelReference, list[Mapping[str, Any]]]:
+def _entries(
+    config: MergeConfiguration, content: Mapping[str, Any]
+) -> dict[ModelReference, list[Mapping[str, Any]]]:
     """Return what a recipe says of each model, under `models:` or in its slices and modules."""
     found: dict[ModelReference, list[Mapping[str, Any]]] = {}
-    for block in (content, *(content.get("modules") or {}).values()):
-        pieces = [{"sources": block.get("models")}, *(block.get("slices") or ())]
-        for entry in (entry for piece in pieces for entry in piece["sources"] or ()):
-            found.setdefault(_once(entry["model"]), []).append(entry)
+    for block in blocks(config, content):
+        if block.is_model:
+            found.setdefault(measured_as(block.written["model"]), []).append(block.written)
     return found
 
 
-def _once(model: Any) -> ModelReference:
+def measured_as(model: Any) -> ModelReference:
     """Return a model however its folder is spelt: two spellings merge its layers with each other.
 
-    What is measured once is `./a`, if the recipe has `./a` and `./a/`.
+    What is measured, once, is `./a`, if the recipe has `./a` and `./a/`.
     """
-    if isinstance(model, str) and Path(model).is_dir():
-        model = model.rstrip("/") or model
+    if isinstance(model, (str, ModelReference)) and Path(str(model)).is_dir():
+        model = str(model).rstrip("/") or model
     return ModelReference.model_validate(model)
 
 
@@ -147,24 +139,11 @@ def _prior(
     sidecar = given.get("prior_sidecar")
     if config.base_model is None or not any(shared_values(config, "prior")):
         return None
-    base = _once(str(config.base_model))
+    base = measured_as(content["base_model"])
     if base in listed:
         return None
     calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
     return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)
-
-
-def _misplaced(
-    content: Mapping[str, Any], entries: Sequence[tuple[str, Mapping[str, Any]]]
-) -> list[str]:
-    """Say which of our keys stand beside `parameters` and not under it: mergekit drops them."""
-    keys = (*MODEL_KEYS, "exclude", *METHODS[content["merge_method"]].keys)
-    return [
-        f"{key!r} of {where} has no effect there; write it under `parameters:`."
-        for where, block in [("the recipe", content), *entries]
-        for key in keys
-        if key in block
-    ]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -177,12 +156,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}.") from None
-    except yaml.composer.ComposerError:
-        raise RecipeError(
-            f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
-            "one: mergekit-fisher precompute --model MODEL --path DATA --text COLUMN"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        if getattr(error, "context", None) == SEVERAL:
+            raise RecipeError(
+                f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
+                "one: mergekit-fisher precompute --model MODEL --path DATA --text COLUMN"
+            ) from None
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(

@@ -6,6 +6,6 @@
       README.md                 a page to publish (`page.py`)
 
 `checkpoint.py` reads the model's own files, `layout.py` says what transformers makes of them,
-`reader.py` and `writer.py` the sidecar's, `location.py` says where a model's sidecar is. Nothing
-here knows how to measure or how to merge.
+`reader.py` and `writer.py` the sidecar's, `location.py` says where a model's sidecar is; `ahead.py`
+has the disk read what comes next. Nothing here knows how to measure or how to merge.
 """

@@ -26,11 +26,19 @@ CRUMB = 1 << 16
 @contextlib.contextmanager
 def descriptor_of(file: Path) -> Iterator[int]:
     """Open a file to read it: thousands of times, so without what `open` makes around it."""
-    descriptor = os.open(file, os.O_RDONLY)
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Read bytes of an open file that nobody else uses, also on Windows, which has no `pread`."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, size)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ class TensorInfo:
         hasher = xxhash.xxh3_128(f"{self.dtype} {list(self.shape)}".encode())
         with ahead.descriptor_of(self.file) as descriptor:
             for offset, size in self.samples():
-                hasher.update(os.pread(descriptor, size, offset))
+                hasher.update(ahead.read_at(descriptor, size, offset))
         return hasher.hexdigest()
 
     def samples(self) -> list[tuple[int, int]]:

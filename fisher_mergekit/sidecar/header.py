@@ -29,7 +29,8 @@ is no parameter it says something else."""
 
 
 class _Record(BaseModel):
-    # Unknown keys are kept: a newer minor version may add some, and a rewrite must not lose them.
+    # Unknown keys are kept: a newer minor version may add some, and those of a kind that stays have
+    # to survive that another is written.
     model_config = ConfigDict(frozen=True, extra="allow")
 
 

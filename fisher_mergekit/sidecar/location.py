@@ -28,7 +28,7 @@ def folder_name(base: str | None = None) -> str:
     Args:
         base: the model that the adapter is put on.
     """
-    return FOLDER_NAME if base is None else f"{FOLDER_NAME}-{_last_part(base)}"
+    return FOLDER_NAME if base is None else f"{FOLDER_NAME}-{_short_name(base)}"
 
 
 def writing_place(reference: str, revision: str | None = None, base: str | None = None) -> Path:
@@ -46,7 +46,7 @@ def writing_place(reference: str, revision: str | None = None, base: str | None 
     if Path(reference).is_dir():
         return Path(reference) / folder_name(base)
     name = reference if revision is None else f"{reference}@{revision}"
-    return cache_home() / (_one_word(name) + ("" if base is None else f"+{_last_part(base)}"))
+    return cache_home() / (_one_word(name) + ("" if base is None else f"+{_short_name(base)}"))
 
 
 def reading_places(
@@ -68,16 +68,19 @@ def reading_places(
 
 def holding(places: Sequence[Path], kind: str) -> Path:
     """Return the first place that has files of a kind, or simply the first."""
-
-    def holds(place: Path) -> bool:
-        return (place / f"{kind}.safetensors").exists() or any(
-            place.glob(f"{kind}-*-of-*.safetensors")
-        )
-
-    return next(filter(holds, places), places[0])
+    return next((place for place in places if files_of(place, kind)), places[0])
 
 
-def _last_part(model: str) -> str:
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """Return the files of a kind in a sidecar folder: one, or shards and their index.
+
+    A file of any other name, such as a copy that somebody keeps there, is none of them.
+    """
+    pattern = re.compile(rf"{re.escape(kind)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    return [path for path in folder.glob(f"{kind}*") if pattern.fullmatch(path.name)]
+
+
+def _short_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else _one_word(model)
 
 

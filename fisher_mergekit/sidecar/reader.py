@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -162,12 +162,11 @@ class Sidecar(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def foreign(self, weights: Mapping[str, TensorInfo], names: Iterable[str]) -> list[str]:
+    def foreign(self, weights: Mapping[str, TensorInfo], names: Collection[str]) -> list[str]:
         """Return the names whose weights are not the ones that were measured."""
         recorded = self.measurement.weights
-        known = [name for name in names if name in recorded]
-        with samples_at_hand(weights[name] for name in known):
-            return [name for name in known if recorded[name].digest != weights[name].digest()]
+        with samples_at_hand(weights[name] for name in names):
+            return [name for name in names if recorded[name].digest != weights[name].digest()]
 
     def sum_of_squares(self, name: str) -> float:
         """Return the sum of squares of one measured tensor, from the header."""

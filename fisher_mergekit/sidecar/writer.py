@@ -24,7 +24,7 @@ from fisher_mergekit.sidecar.header import (
     PrecisionRecord,
     WeightRecord,
 )
-from fisher_mergekit.sidecar.location import FOLDER_NAME
+from fisher_mergekit.sidecar.location import FOLDER_NAME, files_of
 from fisher_mergekit.sidecar.page import PAGE_MARK, PAGE_NAME, render_page
 from fisher_mergekit.sidecar.reader import checksum, read_header
 
@@ -114,9 +114,8 @@ def write_sidecar(
                 if content is not None:
                     _write_text(partials(name), content)
             _withdraw(folder, model, kept)
-            for stale in folder.glob(f"{kind}*.safetensors*"):
-                if not stale.name.endswith(PARTIAL):
-                    stale.unlink()
+            for stale in files_of(folder, kind):
+                stale.unlink()
             # safetensors makes files that only their owner can read; a sidecar is there to share.
             mode = partials(HEADER_NAME).stat().st_mode
             for name in new:

@@ -255,6 +255,21 @@ class TestAModelWithAnAdapter:
         assert f"mergekit cannot merge {pair[0][0]}" in message
         assert not list((tmp_path / "cache").iterdir())
 
+    def test_a_merge_that_fails_removes_nobody_else_s(self, pair, data, tmp_path, monkeypatch):
+        """Another process may be making its own in the same cache."""
+
+        def fail(*_: object, **__: object) -> None:
+            (tmp_path / "cache" / "other").mkdir(parents=True)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(PeftModel, "from_pretrained", fail)
+        said = refuse(
+            "--model", pair[0][0], "--path", data, "--text", "text",
+            "--lora-merge-cache", tmp_path / "cache",
+        )  # fmt: skip
+        assert f"mergekit cannot merge {pair[0][0]}: broken" in said
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["other"]
+
     def test_what_an_interrupted_merge_left_is_named(self, pair, data, tmp_path):
         cache = tmp_path / "cache"
         arguments = ("--model", pair[0][0], "--path", data, "--text", "text")

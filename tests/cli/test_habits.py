@@ -218,7 +218,7 @@ class TestPlaces:
         assert "is a file; name the model's folder" in said
 
 
-@pytest.mark.parametrize("size", ["x", "0", "-5", "5X"])
+@pytest.mark.parametrize("size", ["x", "0", "-5", "5X", ""])
 def test_a_shard_size_is_a_size(bert, data, size):
     assert "is not a size such as 5B" in refuse(*flags(bert, data, "--out-shard-size", size))
 
@@ -233,6 +233,21 @@ def test_help_begins_with_two_commands_on_lines_of_their_own():
     lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
     commands = [line.split()[0] for line in lines if "recipe.yml" in line]
     assert commands == ["mergekit-fisher", "mergekit-yaml"]
+
+
+@pytest.mark.parametrize("model", ["a+b+c", "a@1@2"])
+def test_a_model_that_cannot_be_parsed(model):
+    said = refuse("--model", model, "--path", "x.jsonl", "--text", "text")
+    assert f"--model {model}: " in said
+    assert "A model is written MODEL, MODEL@REVISION or MODEL+ADAPTER." in said
+
+
+def test_the_next_command_is_for_a_shell(bert, data, tmp_path):
+    place = tmp_path / "my recipes"
+    place.mkdir()
+    calibration = {"path": str(data), "text": "text"}
+    path = recipe(place, {"model": str(bert), "calibration": calibration})
+    assert f"Next: mergekit-yaml '{path}' merged/" in succeed(path)
 
 
 def test_several_recipes_in_one_file(tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hub import Hub
+from huggingface_hub import constants
 from models import make_measured, write_fishers
 from sidecars import write_factors
 
@@ -48,6 +50,44 @@ def test_a_model_of_the_hub_is_named_by_its_name(
     monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path))
     shutil.copytree(model / "sidecar", tmp_path / "me--bert")
     assert inspect("me/bert").output == inspect(model).output
+
+
+def test_what_was_published_with_a_model_is_shown_once_it_is_downloaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path / "own"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hub = Hub()
+    hub.publish("me/bert", model)
+    assert "no sidecar of a model of this name" in inspect("me/bert").output
+    hub.cached("me/bert", tmp_path)
+    assert inspect("me/bert").output == inspect(model).output
+
+
+def test_a_model_with_an_adapter_and_an_adapter_with_several_models(
+    model: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(model / "sidecar", adapter / "sidecar-bert")
+    shown = inspect(model).output
+    assert inspect(f"{model}+{adapter}").output == shown
+    assert inspect(adapter).output == shown
+    shutil.copytree(model / "sidecar", adapter / "sidecar")
+    said = inspect(adapter)
+    assert said.exit_code == 1
+    assert f"{adapter} holds 2 sidecars: name one of {adapter / 'sidecar'}," in said.output
+    assert inspect(f"{model}+{adapter}").output == shown
+
+
+def test_brackets_in_a_model_s_name_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no markup."""
+    monkeypatch.setenv("COLUMNS", "500")
+    folder = make_measured(tmp_path / "a[bold]b[" / "x]", seed=5)[0]
+    shown = inspect(folder)
+    assert shown.exit_code == 0, shown.exception
+    assert f"{folder} (made-up)" in shown.output
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -118,7 +118,13 @@ class TestBadInput:
              "tokenizer: unknown key 'sorce'. Did you mean 'source'?"),
             ("merge_method: fisher\nslices: [{sources: [{model: ./a, layer_rang: [0, 1], "
              "layer_range: [0, 1]}]}]",
-             "./a: unknown key 'layer_rang'. Did you mean 'layer_range'"),
+             "./a in slice 0: unknown key 'layer_rang'. Did you mean 'layer_range'"),
+            ("merge_method: fisher\nmodels: [{model: ./a, calibration: *data}]",
+             "is not readable YAML: found undefined alias 'data'"),
+            ("merge_method: fisher\nname: 2024-02-30\nmodels: [{model: ./a}]",
+             "is not readable YAML: day is out of range for month"),
+            ("merge_method: fisher\nmodels: [{model: a+b+c}]",
+             "is not a mergekit recipe: Can't parse a+b+c"),
         ],
     )  # fmt: skip
     def test_recipe(self, tmp_path, text, phrase):
@@ -132,8 +138,8 @@ class TestBadInput:
         path.write_text("merge_method: fisher\nmodels: [{model: ./a, weight: 1, parameter: {}}]")
         said = refuse(path)
         assert "2 problems:" in said
-        assert f"1. {path}: ./a: unknown key 'parameter'. Did you mean 'parameters'?" in said
-        assert f"2. {path}: 'weight' of ./a has no effect there" in said
+        assert f"1. {path}: 'weight' of ./a has no effect there" in said
+        assert f"2. {path}: ./a: unknown key 'parameter'. Did you mean 'parameters'?" in said
 
     def test_a_model_that_the_recipe_does_not_have(self, bert, tmp_path):
         recipe = write_recipe(tmp_path, bert, calibration={"path": "x", "text": "text"})

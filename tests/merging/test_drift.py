@@ -10,6 +10,7 @@ import importlib
 import inspect
 from pathlib import Path
 
+import mergekit
 import pytest
 import torch
 from mergekit import merge_methods
@@ -35,7 +36,7 @@ from mergekit.merge_methods.base import (
 from mergekit.options import MergeOptions, ShardSizeParamType
 from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
-from mergekit.scripts import multimerge
+from mergekit.scripts import multimerge, run_yaml
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from mergekit.tokenizer.truncate import TruncatedVocabulary
@@ -64,7 +65,7 @@ NAMES = {
     "mergekit.config": {
         "ConditionalParameter": "one entry of a list of filters",
         "ConfigReader": "the settings that hold for one output tensor",
-        "InputModelDefinition": "its keys beside `model`, to know misspelt ones by",
+        "InputModelDefinition": "its keys beside `model`, to know others by",
         "InputSliceDefinition": "likewise, in a slice",
         "MergeConfiguration": "the recipe",
         "OutputModuleDefinition": "one module of the output, in slices",
@@ -225,8 +226,17 @@ class TestNames:
         new = needed - set(names.split())
         assert not new, f"{function.__qualname__} also wants {', '.join(sorted(new))} now"
 
-    def test_the_command_of_several_recipes_is_known_by_its_module(self):
-        assert multimerge.main.callback.__module__ == "mergekit.scripts.multimerge"
+    @pytest.mark.parametrize("script", [run_yaml, multimerge])
+    def test_commands_are_known_by_their_modules_and_what_was_typed_by_its_name(self, script):
+        assert script.main.callback.__module__ == script.__name__
+        assert "config_file" in [parameter.name for parameter in script.main.params]
+
+    def test_the_folder_of_a_model_with_an_adapter(self, tmp_path, monkeypatch):
+        """Of what is there already nothing is made anew."""
+        pair = ModelReference.model_validate("org/base@v1+org/adapter")
+        made = tmp_path / f"{pair.model._unique_id()}_{pair.lora._unique_id()}"
+        made.mkdir()
+        assert pair.merged(cache_dir=str(tmp_path)).model.path == str(made)
 
     def test_kernels_that_we_override(self):
         for name in ("__call__", "_execute", "_execute_resolved"):
@@ -244,6 +254,12 @@ class TestNames:
 
 
 class TestRecipes:
+    def test_nothing_reads_residual_weight(self):
+        """A recipe that has it is refused, because it would be another merge."""
+        root = Path(mergekit.__file__).parent
+        found = {path for path in root.rglob("*.py") if b"residual_weight" in path.read_bytes()}
+        assert found == {root / "config.py"}
+
     def test_unknown_keys_are_ignored_wherever_calibration_stands(self):
         MergeConfiguration.model_validate(
             {

@@ -136,6 +136,17 @@ def test_a_model_in_two_spellings_counts_as_often(pair, tmp_path):
     assert read(tmp_path / "once").keys() == read(tmp_path / "twice").keys()
 
 
+def test_a_sidecar_named_for_one_spelling_is_the_other_s_too(pair, tmp_path):
+    (a, *_), (b, *_) = pair
+    (a / "sidecar").rename(tmp_path / "measured")
+    recipe = recipe_of(f"{a}/", a, b)
+    recipe["models"][1]["parameters"] = {"sidecar": str(tmp_path / "measured")}
+    recipe["models"][2]["parameters"] = {"lambda": 2}
+    found = merged(recipe, tmp_path / "out")
+    (tmp_path / "measured").rename(a / "sidecar")
+    assert_close(found, merged(recipe_of(a, b), tmp_path / "once"))
+
+
 def test_a_tied_tensor_under_two_names_weighs_as_under_one(tmp_path):
     tied = {"tie_word_embeddings": True}
     a, theta, fishers = make_measured(tmp_path / "a", "llama", seed=0, **tied)

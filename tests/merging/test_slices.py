@@ -71,6 +71,22 @@ def test_a_frankenmerge_by_fishers(deep, tmp_path):
     assert not info["unexpected_keys"]
 
 
+def test_a_slice_keeps_what_is_excluded_as_its_own_base_model_has_it(deep, tmp_path):
+    (a, b), thetas, _ = deep
+    recipe = sliced(
+        piece((a, 0, 1, 1), (b, 0, 1, 1)),
+        piece((a, 1, 2, 1), (b, 1, 2, 1), base_model=str(b)),
+        base_model=str(a),
+        parameters={"exclude": ["input_layernorm"]},
+    )
+    found = merged(recipe, tmp_path / "out", write_model_card=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for layer, (base, theta) in enumerate(((a, thetas[0]), (b, thetas[1]))):
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        assert torch.equal(found[name], theta[name])
+        assert f"* Not merged, but taken from `{base}`: `{name}`.\n" in card
+
+
 @pytest.mark.parametrize("kind", ["gram", "kfac"])
 def test_a_frankenmerge_by_factors(tmp_path, kind):
     """The factor that q, k and v share is their source layer's, in each model."""

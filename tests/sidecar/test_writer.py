@@ -131,9 +131,11 @@ class TestOtherPeoplesFiles:
 
     def test_files_of_other_names_stay(self, tmp_path):
         (tmp_path / "s").mkdir()
-        (tmp_path / "s" / "notes.txt").write_text("mine")
+        others = ("notes.txt", f"{KIND}-exact.safetensors", f"{KIND}_x.safetensors.index.json")
+        for name in others:
+            (tmp_path / "s" / name).write_text("mine")
         write(tmp_path / "s")
-        assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
+        assert [(tmp_path / "s" / name).read_text() for name in others] == ["mine"] * 3
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

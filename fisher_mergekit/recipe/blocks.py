@@ -1,0 +1,103 @@
+"""The blocks of a recipe: each mapping in it that mergekit knows, as written and as understood."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit.config import ConditionalParameter, MergeConfiguration
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Block:
+    """One mapping of a recipe.
+
+    Attributes:
+        where: how messages call it.
+        understood: what mergekit has made of it; a mergekit model of some class.
+        written: what the file says, or nothing where nobody has the file.
+    """
+
+    where: str
+    understood: BaseModel
+    written: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The keys that mergekit knows in such a block."""
+        return tuple(type(self.understood).model_fields)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the recipe itself."""
+        return isinstance(self.understood, MergeConfiguration)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model's own, under `models:` or among the sources of a slice."""
+        return "model" in self.fields
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """What stands under its `parameters`, as understood."""
+        return getattr(self.understood, "parameters", None) or {}
+
+
+def blocks(config: MergeConfiguration, content: Mapping[str, Any] | None = None) -> Iterator[Block]:
+    """Yield the recipe, its modules, slices, models, filters and tokens.
+
+    Args:
+        config: the recipe as mergekit understands it.
+        content: as it is written.
+    """
+    for block in _merged(config, content or {}):
+        yield block
+        yield from _filters(block)
+    if config.tokenizer is not None:
+        written = _at(content, "tokenizer")
+        yield Block("tokenizer", config.tokenizer, written)
+        for token, entry in (config.tokenizer.tokens or {}).items():
+            yield Block(f"token {token!r}", entry, _at(written, "tokens", token))
+
+
+def _merged(config: MergeConfiguration, content: Mapping[str, Any]) -> Iterator[Block]:
+    """Yield the blocks that may have `parameters`; slices are counted through all modules."""
+    parts = [(Block("the recipe", config, content), "")] + [
+        (Block(f"module {name}", module, _at(content, "modules", name)), f" in {name}")
+        for name, module in (config.modules or {}).items()
+    ]
+    count = itertools.count()
+    for part, within in parts:
+        yield part
+        for i, entry in enumerate(part.understood.models or ()):
+            yield Block(f"{entry.model}{within}", entry, _at(part.written, "models", i))
+        for i, piece in enumerate(part.understood.slices or ()):
+            own = Block(f"slice {next(count)}", piece, _at(part.written, "slices", i))
+            yield own
+            for j, source in enumerate(piece.sources):
+                where = f"{source.model} in {own.where}"
+                yield Block(where, source, _at(own.written, "sources", j))
+
+
+def _filters(block: Block) -> Iterator[Block]:
+    """Yield the values of parameters that hold for some tensors only."""
+    for key, setting in block.parameters.items():
+        written = _at(block.written, "parameters", key)
+        several = isinstance(setting, list)
+        for i, part in enumerate(setting if several else [setting]):
+            if isinstance(part, ConditionalParameter):
+                where = f"{key} of {block.where}"
+                yield Block(where, part, _at(written, i) if several else written)
+
+
+def _at(written: Any, *path: Any) -> Any:
+    """Return what is written at some place, or nothing."""
+    for step in path:
+        try:
+            written = written[step]
+        except (LookupError, TypeError):
+            return {}
+    return written if isinstance(written, (Mapping, list)) else {}
