@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit.config import ConditionalParameter, MergeConfiguration
-from pydantic import BaseModel
 
 
 @dataclass(frozen=True)
@@ -17,12 +16,12 @@ class Block:
 
     Attributes:
         where: how messages call it.
-        understood: what mergekit has made of it; a mergekit model of some class.
+        understood: what mergekit has made of it, an object of its class for such a block.
         written: what the file says, or nothing where nobody has the file.
     """
 
     where: str
-    understood: BaseModel
+    understood: Any
     written: Mapping[str, Any] = field(default_factory=dict)
 
     @property
