@@ -11,7 +11,9 @@ from rich.table import Table
 
 from fisher_mergekit.cli.factor_tables import print_every_factor, print_factors
 from fisher_mergekit.errors import SidecarError
-from fisher_mergekit.sidecar.location import FOLDER_NAME
+from fisher_mergekit.methods import METHODS
+from fisher_mergekit.sidecar.header import HEADER_NAME
+from fisher_mergekit.sidecar.location import FOLDER_NAME, files_of
 from fisher_mergekit.sidecar.page import facts
 from fisher_mergekit.sidecar.reader import Sidecar, read_header
 from fisher_mergekit.study.factors import read_factors
@@ -37,7 +39,7 @@ def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | No
     SIDECAR is a sidecar folder, one of its files, or a model that has one: its folder, its Hub
     name, or MODEL+ADAPTER.
     """
-    path = _place(sidecar)
+    path = _place(sidecar, kind)
     kinds = [kind] if kind else _kinds(path)
     if plot is not None and len(kinds) > 1:
         raise SidecarError(f"{path} holds {', '.join(kinds)}: choose one to draw with --kind.")
@@ -53,15 +55,10 @@ def inspect(sidecar: Path, kind: str | None, every_tensor: bool, plot: Path | No
             console.print(f"Wrote {plot}.")
 
 
-def _place(given: Path) -> Path:
-    """Return the sidecar of what was given: itself, or a model's."""
+def _place(given: Path, kind: str | None) -> Path:
+    """Return the sidecar of what was given: itself, or a model's, where merging looks for it."""
     if given.exists():
-        own = [path for path in sorted(given.glob(f"{FOLDER_NAME}*")) if path.is_dir()]
-        if len(own) > 1:  # of an adapter: its own, and those of models that it is put on
-            raise SidecarError(
-                f"{given} holds {len(own)} sidecars: name one of {', '.join(map(str, own))}."
-            )
-        return own[0] if own else given
+        return _inside(given)
     # Only now, because they take seconds to import.
     from mergekit.common import ModelReference
 
@@ -71,7 +68,8 @@ def _place(given: Path) -> Path:
         places = sidecar_places(ModelReference.parse(str(given)))
     except RuntimeError:
         places = ()
-    found = next((place for place in places if place.exists()), None)
+    kinds = [kind] if kind else [method.kind for method in METHODS.values()]
+    found = next((p for p in places if any(files_of(p, name) for name in kinds)), None)
     if found is None:
         raise SidecarError(
             f"there is no file or folder {given}, and no sidecar of a model of this name"
@@ -79,6 +77,20 @@ def _place(given: Path) -> Path:
             + ". Measure the model: mergekit-fisher precompute RECIPE"
         )
     return found
+
+
+def _inside(given: Path) -> Path:
+    """Return the sidecar in a model's folder; or what was given, if it is none."""
+    own = given / FOLDER_NAME
+    of_pairs = [p for p in sorted(given.glob(f"{FOLDER_NAME}-*")) if (p / HEADER_NAME).is_file()]
+    if not of_pairs:
+        return own if own.is_dir() else given
+    found = [*([own] if (own / HEADER_NAME).is_file() else []), *of_pairs]
+    if len(found) > 1:  # an adapter's own, and those of the models that it is put on
+        raise SidecarError(
+            f"{given} holds {len(found)} sidecars: name one of {', '.join(map(str, found))}."
+        )
+    return found[0]
 
 
 def _kinds(path: Path) -> list[str]:

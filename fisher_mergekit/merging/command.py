@@ -6,7 +6,7 @@ Merges in memory have no command.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import parse_config
 from fisher_mergekit.recipe.dropped import dropped_keys
+from fisher_mergekit.recipe.written import read_text
 from fisher_mergekit.shell import word
 
 SCRIPTS = ("run_yaml", "multimerge")
@@ -31,24 +32,31 @@ def dropped() -> list[str]:
     """Say which keys of the recipe's file mergekit has dropped in silence.
 
     `parameters` reach the planner as they are; a `lambda` that stands beside them does not, and
-    the merge would be another one. Of several recipes in one file all of ours are looked at.
+    the merge would be another one. Of several recipes in one file all of ours are looked at when
+    the first of them is planned, and not again: until the last one the file may have changed.
     """
-    return [
-        f"stage {stage}: {problem}" if stage else problem
-        for stage, content in _contents()
-        for problem in dropped_keys(parse_config(content, where="the recipe"), content)
-    ]
-
-
-def _contents() -> Iterator[tuple[str | None, Mapping[str, Any]]]:
-    """Yield our recipes in the file, each with the name that it has for mergekit-multi."""
+    context = click.get_current_context(silent=True)
     typed = _recipe()
-    if typed is None:
+    if context is None or typed is None:
+        return []
+    if __name__ not in context.meta:
+        context.meta[__name__] = list(_dropped(Path(typed)))
+    found: list[str] = context.meta[__name__]
+    return found
+
+
+def _dropped(path: Path) -> Iterator[str]:
+    try:
+        recipes = list(read_text(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):  # changed since mergekit has read it
         return
-    for content in yaml.safe_load_all(Path(typed).read_text(encoding="utf-8")):
-        if content["merge_method"] in METHODS:
-            name = content.pop("name", None) if is_one_of_several() else None
-            yield name, content
+    for written in recipes:
+        content = written.content
+        if not isinstance(content, dict) or content.get("merge_method") not in METHODS:
+            continue
+        stage = content.pop("name", None) if is_one_of_several() else None
+        for problem in dropped_keys(parse_config(content, where="the recipe"), written):
+            yield f"stage {stage}: {problem}" if stage else problem
 
 
 def recipe() -> str:

@@ -3,6 +3,7 @@
 One file serves two commands. `mergekit-yaml` reads mergekit's part and ignores the rest; this room
 reads all of it, and refuses what mergekit would drop in silence: unknown and misspelt keys.
 
+    written.py       the recipe's text, and what YAML loses of it
     blocks.py        the recipe's mappings, as written and as mergekit understands them
     calibration.py   `calibration`, of the recipe or of a model: what to measure on, and how
     parameters.py    `parameters`: lambda, weight and sidecar of a model; the method's own; exclude

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+)
+from mergekit.tokenizer.config import TokenizerConfig
+from pydantic import BaseModel
 
 
 @dataclass(frozen=True)
@@ -37,29 +44,30 @@ class Block:
     @property
     def is_model(self) -> bool:
         """Whether it is a model's own, under `models:` or among the sources of a slice."""
-        return "model" in self.fields
+        return isinstance(self.understood, (InputModelDefinition, InputSliceDefinition))
 
     @property
     def parameters(self) -> Mapping[str, Any]:
         """What stands under its `parameters`, as understood."""
         return getattr(self.understood, "parameters", None) or {}
 
+    @property
+    def has_parameters(self) -> bool:
+        """Whether `parameters` can stand there."""
+        return "parameters" in self.fields
+
 
 def blocks(config: MergeConfiguration, content: Mapping[str, Any] | None = None) -> Iterator[Block]:
-    """Yield the recipe, its modules, slices, models, filters and tokens.
+    """Yield the recipe, its modules, slices, models, references to models, filters and tokens.
 
     Args:
         config: the recipe as mergekit understands it.
         content: as it is written.
     """
-    for block in _merged(config, content or {}):
+    for block in (*_merged(config, content or {}), *_tokenizer(config, content)):
         yield block
         yield from _filters(block)
-    if config.tokenizer is not None:
-        written = _at(content, "tokenizer")
-        yield Block("tokenizer", config.tokenizer, written)
-        for token, entry in (config.tokenizer.tokens or {}).items():
-            yield Block(f"token {token!r}", entry, _at(written, "tokens", token))
+        yield from _nested(block)
 
 
 def _merged(config: MergeConfiguration, content: Mapping[str, Any]) -> Iterator[Block]:
@@ -79,6 +87,26 @@ def _merged(config: MergeConfiguration, content: Mapping[str, Any]) -> Iterator[
             for j, source in enumerate(piece.sources):
                 where = f"{source.model} in {own.where}"
                 yield Block(where, source, _at(own.written, "sources", j))
+
+
+def _tokenizer(config: MergeConfiguration, content: Any) -> Iterator[Block]:
+    """Yield what is said of the tokenizer, and of single tokens."""
+    if config.tokenizer is not None:
+        written = _at(content, "tokenizer")
+        yield Block("tokenizer", config.tokenizer, written)
+        for token, entry in (config.tokenizer.tokens or {}).items():
+            yield Block(f"token {token!r}", entry, _at(written, "tokens", token))
+
+
+def _nested(block: Block) -> Iterator[Block]:
+    """Yield what is written as a mapping where most write a word: models, sources of tokens."""
+    for key in block.fields:
+        inner, written = getattr(block.understood, key), block.written.get(key)
+        is_block = isinstance(inner, BaseModel) and not isinstance(inner, TokenizerConfig)
+        if is_block and isinstance(written, Mapping):
+            nested = Block(f"{key} of {block.where}", inner, written)
+            yield nested
+            yield from _nested(nested)
 
 
 def _filters(block: Block) -> Iterator[Block]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 from mergekit.config import (
     InputModelDefinition,
@@ -15,9 +13,10 @@ from mergekit.config import (
 )
 
 from fisher_mergekit.errors import nearest
-from fisher_mergekit.methods import METHODS
+from fisher_mergekit.methods import METHODS, Method
 from fisher_mergekit.recipe.blocks import Block, blocks
 from fisher_mergekit.recipe.parameters import MODEL_KEYS
+from fisher_mergekit.recipe.written import Written
 
 LOG = logging.getLogger(__name__)
 
@@ -46,24 +45,28 @@ _KNOWN_SOMEWHERE = {
 } | {CALIBRATION}
 
 
-def dropped_keys(config: MergeConfiguration, content: Mapping[str, Any]) -> list[str]:
+def dropped_keys(config: MergeConfiguration, written: Written) -> list[str]:
     """Say which keys of a recipe have no effect where they stand, though they were meant to.
 
-    People keep notes and YAML anchors in the recipe's first level, so what is like no known word
-    stays there; further down a warning tells of it. Nothing is said of what begins with `x-`.
+    In the first level people keep notes and YAML anchors: what is used elsewhere, or like no known
+    word, stays there. Where parameters can stand a warning tells of such a key, and anywhere else
+    it is an error. Nothing is said of what begins with `x-`.
 
     Args:
         config: a recipe for one of our methods, as mergekit understands it.
-        content: as it is written.
+        written: the recipe.
     """
-    ours = (*MODEL_KEYS, "exclude", *METHODS[config.merge_method].keys)
-    problems, ignored = [], []
-    for block in blocks(config, content):
+    method = METHODS[config.merge_method]
+    problems, ignored = [*written.repeated], []
+    for block in blocks(config, written.content):
         known = {*block.fields, *([CALIBRATION] if block.is_whole or block.is_model else [])}
-        for key in map(str, block.written):
-            if key in known - UNREAD or key.startswith(OWN):
+        for key, value in block.written.items():
+            key = str(key)
+            is_known = key in known and (key not in UNREAD or value is None)
+            is_own = key.startswith(OWN) or (block.is_whole and key in written.anchors)
+            if is_known or is_own:
                 continue
-            problem = _problem(key, block, known - UNREAD, ours)
+            problem = _problem(key, block, known - UNREAD, method)
             if problem:
                 problems.append(problem)
             elif not block.is_whole:
@@ -73,17 +76,40 @@ def dropped_keys(config: MergeConfiguration, content: Mapping[str, Any]) -> list
     return problems
 
 
-def _problem(key: str, block: Block, known: set[str], ours: tuple[str, ...]) -> str:
+def _problem(key: str, block: Block, known: set[str], method: Method) -> str:
     """Return what is wrong with a key that mergekit drops, or nothing."""
-    if "parameters" not in block.fields:  # of tokens, or a filter
-        near = nearest(key, known, cutoff=NEAR)
-        return f"{block.where}: unknown key {key!r}.{near}" if near else ""
+    word = key.lower().replace("-", "_")
+    ours = (*MODEL_KEYS, "exclude", *method.keys)
+    unknown = f"{block.where}: unknown key {key!r}."
+    if not block.has_parameters:  # a tokenizer, a token, a model, a filter: nothing else is there
+        near = nearest(word, known, cutoff=NEAR)
+        return f"{unknown}{near} Known here: {', '.join(sorted(known))}."
     if key in ours:
-        return f"{key!r} of {block.where} has no effect there; write it under `parameters:`."
+        place = _place(key, block, method)
+        return f"{key!r} of {block.where} has no effect there; write it under {place}."
     if key in _KNOWN_SOMEWHERE:
         return f"{key!r} of {block.where} has no effect there; mergekit does not look at it."
-    if near := nearest(key, known, cutoff=NEAR):
-        return f"{block.where}: unknown key {key!r}.{near}"
-    if near := nearest(key, ours, cutoff=NEAR):
-        return f"{block.where}: unknown key {key!r}.{near} Write that under `parameters:`."
+    if block.is_whole and _is_longer(word):
+        return ""
+    own = f" A key of your own may begin with `{OWN}`." if block.is_whole else ""
+    if near := nearest(word, known, cutoff=NEAR):
+        return unknown + near + own
+    if near := nearest(word, ours, cutoff=NEAR):
+        return f"{unknown}{near} Write that under `parameters:`.{own}"
     return ""
+
+
+def _place(key: str, block: Block, method: Method) -> str:
+    """Return under which `parameters` a key of ours belongs."""
+    if block.is_model:
+        return "`parameters:`" if key in MODEL_KEYS else "the recipe's own `parameters:`"
+    if key == "sidecar":
+        return "a model's own `parameters:`"
+    everywhere = block.is_whole or key in (*method.shared_keys, *MODEL_KEYS)
+    return "`parameters:`" if everywhere else "the recipe's own `parameters:`"
+
+
+def _is_longer(word: str) -> bool:
+    """Whether it is a known word and others (`old_models`), which nobody writes by mistake."""
+    parts = f"_{word}_"
+    return word not in _KNOWN_SOMEWHERE and any(f"_{k}_" in parts for k in _KNOWN_SOMEWHERE)

@@ -18,9 +18,7 @@ from fisher_mergekit.recipe.blocks import blocks
 from fisher_mergekit.recipe.calibration import Calibration, Kind, read_calibration
 from fisher_mergekit.recipe.dropped import NEAR, dropped_keys
 from fisher_mergekit.recipe.parameters import parameter_problems, shared_values
-
-SEVERAL = "expected a single document in the stream"
-"""PyYAML's words for several recipes in one file."""
+from fisher_mergekit.recipe.written import Written, read_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ def read_recipe(path: Path) -> Recipe:
             measuring one model, or an unknown key of `calibration`.
         PlanningError: keys that are unknown, misspelt or in the wrong place.
     """
-    content = read_yaml(path)
+    written = read_yaml(path)
+    content = written.content
     config = parse_config(content, where=str(path))
     if config.merge_method not in METHODS:
         raise RecipeError(
@@ -56,7 +55,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{nearest(config.merge_method, METHODS, cutoff=NEAR)} "
             f"Methods that do: {', '.join(METHODS)}."
         )
-    problems = [*dropped_keys(config, content), *parameter_problems(config)]
+    problems = [*dropped_keys(config, written), *parameter_problems(config)]
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
     found = _entries(config, content)
@@ -76,18 +75,19 @@ def _entries(
     found: dict[ModelReference, list[Mapping[str, Any]]] = {}
     for block in blocks(config, content):
         if block.is_model:
-            found.setdefault(measured_as(block.written["model"]), []).append(block.written)
+            found.setdefault(measured_as(block.understood.model), []).append(block.written)
     return found
 
 
-def measured_as(model: Any) -> ModelReference:
+def measured_as(model: ModelReference) -> ModelReference:
     """Return a model however its folder is spelt: two spellings merge its layers with each other.
 
     What is measured, once, is `./a`, if the recipe has `./a` and `./a/`.
     """
-    if isinstance(model, (str, ModelReference)) and Path(str(model)).is_dir():
-        model = str(model).rstrip("/") or model
-    return ModelReference.model_validate(model)
+    path = model.model.path.rstrip("/")
+    if model.lora is not None or not path or not Path(path).is_dir():
+        return model
+    return model.model_copy(update={"model": model.model.model_copy(update={"path": path})})
 
 
 def _model(
@@ -139,35 +139,35 @@ def _prior(
     sidecar = given.get("prior_sidecar")
     if config.base_model is None or not any(shared_values(config, "prior")):
         return None
-    base = measured_as(content["base_model"])
+    base = measured_as(config.base_model)
     if base in listed:
         return None
     calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
     return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> Written:
     """Read a recipe's file.
 
     Raises:
         RecipeError: unreadable, several recipes, or something else than a recipe.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = list(read_text(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}.") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
-        if getattr(error, "context", None) == SEVERAL:
-            raise RecipeError(
-                f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
-                "one: mergekit-fisher precompute --model MODEL --path DATA --text COLUMN"
-            ) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
-    if not isinstance(content, dict):
+    if len(found) > 1:
+        raise RecipeError(
+            f"{path} holds several recipes, as for mergekit-multi. Measure their models one by "
+            "one: mergekit-fisher precompute --model MODEL --path DATA --text COLUMN"
+        )
+    if not found or not isinstance(found[0].content, dict):
         raise RecipeError(
             f"{path} is not a recipe: expected a mapping with merge_method and models."
         )
-    return content
+    return found[0]
 
 
 def parse_config(content: Mapping[str, Any], *, where: str) -> MergeConfiguration:

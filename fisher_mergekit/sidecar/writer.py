@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ from fisher_mergekit.sidecar.reader import checksum, read_header
 
 SHARD_SIZE = 5_000_000_000
 PARTIAL = ".partial"
+_OURS = re.compile(r"(README\.md|header\.json.*|\w+(-\d+-of-\d+)?\.safetensors.*)\.partial")
+"""What is written here under temporary names, whichever kind it is of."""
 
 
 def describe(
@@ -181,7 +184,8 @@ def _partial_files(folder: Path) -> Iterator[Callable[[str], Path]]:
         yield lambda name: folder / (name + PARTIAL)
     finally:
         for leftover in folder.glob("*" + PARTIAL):
-            leftover.unlink(missing_ok=True)
+            if _OURS.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
 

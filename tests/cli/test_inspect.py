@@ -79,6 +79,27 @@ def test_a_model_with_an_adapter_and_an_adapter_with_several_models(
     assert inspect(f"{model}+{adapter}").output == shown
 
 
+def test_of_several_places_the_one_that_merging_reads_is_shown(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here is something of that model, but not of this kind."""
+    monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path / "own"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hub = Hub()
+    hub.publish("me/bert", model)
+    hub.cached("me/bert", tmp_path)
+    (tmp_path / "own" / "me--bert").mkdir(parents=True)
+    assert inspect("me/bert").output == inspect(model).output
+    (tmp_path / "own" / "me--bert" / "gram.safetensors").write_bytes(b"")
+    assert inspect("me/bert", "--kind", "fisher").output == inspect(model).output
+
+
+def test_a_copy_of_a_sidecar_is_none(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "sidecar", tmp_path / "sidecar")
+    shutil.copytree(model / "sidecar", tmp_path / "sidecar.bak")
+    assert inspect(tmp_path).output == inspect(model).output
+
+
 def test_brackets_in_a_model_s_name_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

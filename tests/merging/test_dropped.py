@@ -18,6 +18,7 @@ from running import assert_close, command, recipe_of
 
 from fisher_mergekit.recipe import parse_config
 from fisher_mergekit.recipe.dropped import dropped_keys
+from fisher_mergekit.recipe.written import read_text
 
 INSTALLED = (Path(sysconfig.get_path("purelib")) / "fisher_mergekit.pth").exists()
 
@@ -31,8 +32,8 @@ def pair(tmp_path):
 
 
 def told(text: str) -> list[str]:
-    content = {"merge_method": "fisher", **yaml.safe_load(text)}
-    return dropped_keys(parse_config(content, where="here"), content)
+    (written,) = read_text(f"merge_method: fisher\n{text}")
+    return dropped_keys(parse_config(written.content, where="here"), written)
 
 
 MODELS = "models: [{model: ./a}, {model: ./b}]"
@@ -52,16 +53,40 @@ MODELS = "models: [{model: ./a}, {model: ./b}]"
         ("models: [{model: ./a, layer_range: [0, 4]}]",
          "'layer_range' of ./a has no effect there; mergekit does not look at it."),
         ("models: [{model: ./a, parameters: {lambda: [{filters: mlp, value: 0}, {value: 1}]}}]",
-         "lambda of ./a: unknown key 'filters'. Did you mean 'filter'?"),
-        ("models: [{model: ./a, parameters: {lambda: {filtr: mlp, value: 0}}}]",
-         "lambda of ./a: unknown key 'filtr'. Did you mean 'filter'?"),
+         "lambda of ./a: unknown key 'filters'. Did you mean 'filter'? Known here: filter, value."),
+        ("models: [{model: ./a, parameters: {lambda: {tensor: mlp, value: 0}}}]",
+         "lambda of ./a: unknown key 'tensor'. Known here: filter, value."),
         (MODELS + "\nexcludes: [classifier]",
          "the recipe: unknown key 'excludes'. Did you mean 'exclude'? Write that under "
+         "`parameters:`. A key of your own may begin with `x-`."),
+        (MODELS + "\nBASE-MODEL: ./a",
+         "the recipe: unknown key 'BASE-MODEL'. Did you mean 'base_model'? A key of your own may "
+         "begin with `x-`."),
+        (MODELS + "\nsidecar: ./x",
+         "'sidecar' of the recipe has no effect there; write it under a model's own "
          "`parameters:`."),
+        ("models: [{model: ./a, exclude: [x]}]",
+         "'exclude' of ./a has no effect there; write it under the recipe's own `parameters:`."),
         (MODELS + "\ntokenizer: {tokens: {<x>: {source: ./a, forced: true}}}",
-         "token '<x>': unknown key 'forced'. Did you mean 'force'?"),
+         "token '<x>': unknown key 'forced'. Did you mean 'force'? Known here: force, source."),
+        (MODELS + "\ntokenizer: {tokens: {x: {source: {kind: zero, model: ./a}}}}",
+         "source of token 'x': unknown key 'kind'. Known here: lora, model, "
+         "override_architecture."),
         (MODELS + "\ntokenizer: {pad_to_multiple: 8}",
-         "tokenizer: unknown key 'pad_to_multiple'. Did you mean 'pad_to_multiple_of'?"),
+         "tokenizer: unknown key 'pad_to_multiple'. Did you mean 'pad_to_multiple_of'? Known here: "
+         "pad_to_multiple_of, source, tokens."),
+        ("models: [{model: {model: ./a, lroa: ./b}}]",
+         "model of ./a: unknown key 'lroa'. Did you mean 'lora'? Known here: lora, model, "
+         "override_architecture."),
+        ("models: [{model: {model: {path: ./a, commit: v1}}}]",
+         "model of model of ./a: unknown key 'commit'. Known here: path, revision."),
+        (MODELS + "\nbase_model: {model: ./a, adapter: ./b}",
+         "base_model of the recipe: unknown key 'adapter'. Known here: lora, model, "
+         "override_architecture."),
+        (MODELS + "\nparameters: {floor: 1}\nparameters: {exclude: [x]}",
+         "line 4: 'parameters' stands in one block twice, and only the last one counts. Keep one."),
+        ("models: [{model: ./a, parameters: {lambda: 1, lambda: 2}}]",
+         "line 2: 'lambda' stands in one block twice, and only the last one counts. Keep one."),
         ("slices: [{sources: [{model: ./a, layer_range: [0, 1]}], lambda: 0.3}]",
          "'lambda' of slice 0 has no effect there; write it under `parameters:`."),
         ("slices: [{sources: [{model: ./a, layer_range: [0, 1]}], paramaters: {floor: 1}}]",
@@ -90,6 +115,13 @@ def test_what_has_no_effect_is_a_problem(text, problem):
         "models: [{model: ./a, calibration: {path: x}, parameters: {lambda: [0, 1]}}]",
         "models: [{model: {model: {path: ./a, revision: v1}}}]",
         "slices: [{sources: [{model: ./a, layer_range: [0, 1]}], base_model: ./b}]",
+        "slices: [{sources: [{model: ./a, layer_range: [0, 1]}], residual_weight: null}]",
+        MODELS + "\nold_models: [./c]\nnum_parameters: 7B\ntokenizer_note: the same",
+        "lambda: &l 0.5\nparams: &p {lambda: *l}\nmodels: [{model: ./a, parameters: *p}]",
+        "template: &t {parameters: {lambda: 0.5}}\nmodel_a: &a ./a\nmodels: [{<<: *t, model: *a}]",
+        "calibrations: {rte: &c {path: x}}\nmodels: [{model: ./a, calibration: *c}]",
+        MODELS + "\nparameters:\ntokenizer: {tokens: }",
+        MODELS + "\nbase_model: {model: {path: ./a}, lora: ./b}",
         MODELS + "\ntokenizer: {source: union, tokens: {<x>: {source: {kind: zero}}}}",
     ],
 )
@@ -106,7 +138,7 @@ def test_below_the_first_level_a_key_that_nobody_knows_gets_a_warning(caplog):
 
 
 def test_several_recipes_in_one_file(pair, tmp_path, monkeypatch):
-    """All of ours are looked at before the first of them is merged; a stage's `name` is known."""
+    """All of ours are looked at before the first of ours is merged; a stage's `name` is known."""
     monkeypatch.setattr(LoaderCache, "loaders", {})
     (a, b), _, _ = pair
     recipes = [{"name": "one", **recipe_of(a, b)}, {"name": "two", **recipe_of(a, b)}]
@@ -125,6 +157,26 @@ def test_several_recipes_in_one_file(pair, tmp_path, monkeypatch):
     result = run()
     assert result.exit_code == 0, result.output
     assert (tmp_path / "i" / "two").exists()
+
+
+def test_a_file_that_changes_while_it_is_worked_on(pair, tmp_path, monkeypatch, caplog):
+    """What is merged is what mergekit has read; and what is told is told once."""
+    monkeypatch.setattr(LoaderCache, "loaders", {})
+    (a, b), _, _ = pair
+    recipes = [{"name": "one", **recipe_of(a, b)}, {"name": "two", **recipe_of(a, b)}]
+    recipes[0]["models"][0]["comment"] = "good"
+    path = tmp_path / "recipes.yml"
+    path.write_text(yaml.safe_dump_all(recipes))
+    real = multimerge.run_merge
+
+    def then_change(*arguments, **options):
+        real(*arguments, **options)
+        path.write_text("merge_method: fisher\nmodels: [")
+
+    monkeypatch.setattr(multimerge, "run_merge", then_change)
+    result = CliRunner().invoke(multimerge.main, [str(path), "-I", str(tmp_path / "i")])
+    assert result.exit_code == 0, result.output
+    assert caplog.text.count("'comment'") == 1
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the package is not installed")

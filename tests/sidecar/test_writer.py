@@ -131,11 +131,16 @@ class TestOtherPeoplesFiles:
 
     def test_files_of_other_names_stay(self, tmp_path):
         (tmp_path / "s").mkdir()
-        others = ("notes.txt", f"{KIND}-exact.safetensors", f"{KIND}_x.safetensors.index.json")
+        others = (
+            "notes.txt",
+            "big.zip.partial",
+            f"{KIND}-exact.safetensors",
+            f"{KIND}_x.safetensors.index.json",
+        )
         for name in others:
             (tmp_path / "s" / name).write_text("mine")
         write(tmp_path / "s")
-        assert [(tmp_path / "s" / name).read_text() for name in others] == ["mine"] * 3
+        assert [(tmp_path / "s" / name).read_text() for name in others] == ["mine"] * 4
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
