@@ -10,6 +10,8 @@ from running import merged
 from tokenizers_of_words import give_tokenizer
 from vocabulary_oracle import WORDS, make_speakers, recipe
 
+pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
+
 METHOD_S_OWN = {"README.md", "mergekit_config.yml"}
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 

@@ -179,6 +179,7 @@ def test_a_file_that_changes_while_it_is_worked_on(pair, tmp_path, monkeypatch, 
     assert caplog.text.count("'comment'") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="the package is not installed")
 def test_mergekit_s_module_is_its_command(pair, tmp_path):
     (a, b), _, _ = pair
@@ -191,6 +192,7 @@ def test_mergekit_s_module_is_its_command(pair, tmp_path):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell's pipe")
 def test_a_recipe_from_a_pipe_is_merged(pair, tmp_path):
     """It can be read once only, and mergekit has done that."""

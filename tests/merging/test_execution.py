@@ -30,6 +30,7 @@ from running import assert_close, command, merged, recipe_of
 from fisher_mergekit.errors import FisherMergekitError, PlanningError, SidecarError
 from fisher_mergekit.merging import tasks
 from fisher_mergekit.merging.aligning import ABSENT, FirstRows, TokenRows
+from fisher_mergekit.precision import diagonal
 
 pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
 
@@ -100,16 +101,21 @@ def test_the_same_bits(recipes, tmp_path, method, flag):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_the_last_digits_at_most(recipes, tmp_path, threads):
-    recipe, plain = recipes["mats"]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("method", METHODS.values())
+def test_threads_change_the_last_digits_at_most(recipes, tmp_path, monkeypatch, method):
+    """And nothing of `fisher`, which adds nothing up; threads divide its tensors otherwise."""
+    monkeypatch.setattr(diagonal, "BLOCK", 7)
+    recipe = {**recipes[method][0], "dtype": "float32"}
+    before, found = torch.get_num_threads(), []
     try:
-        found = merged({**recipe, "dtype": "float32"}, tmp_path / "out")
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(merged(recipe, tmp_path / str(threads)))
     finally:
         torch.set_num_threads(before)
-    assert_close(found, plain, rtol=1e-2, atol=1e-2)
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    if method == "fisher":
+        assert_same(*found)
 
 
 @pytest.mark.parametrize("method", METHODS.values())

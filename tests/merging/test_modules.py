@@ -82,8 +82,7 @@ class TestModules:
     def test_each_in_its_own_way(self, pair, tmp_path):
         """The encoder in crossing slices, the decoder of one model, the words of both."""
         (a, theta_a, fisher_a), (b, theta_b, fisher_b) = pair
-        listed = {"models": [{"model": str(m), "parameters": {"lambda": x}} for m, x in
-                             ((a, 1), (b, 4))]}  # fmt: skip
+        listed = [{"model": str(a)}, {"model": str(b), "parameters": {"lambda": 4}}]
         encoder = [
             piece((a, 0, 1, 0.4), (b, 0, 1, 0.6)),
             piece((a, 1, 2, 0.4), (b, 2, 3, 0.6)),
@@ -93,7 +92,7 @@ class TestModules:
         recipe = self.recipe(
             encoder={"slices": encoder},
             decoder={"models": [{"model": str(a)}]},
-            shared={**listed, "parameters": {"lambda": 2}},
+            shared={"models": listed, "parameters": {"lambda": 2}},
         )
         found = merged(recipe, tmp_path / "out")
         layers = [
@@ -103,7 +102,7 @@ class TestModules:
             [(1, 2, 1)],
             [(0, 2, 1)],
         ]
-        outer = [(0, 1), (1, 4)]
+        outer = [(0, 2), (1, 4)]  # the module's lambda is that of a model which has none of its own
         plan = plan_of([n for n in theta_a if n.startswith("encoder.")], layers,
                        before=[(0, 0.4), (1, 0.6)], after=[(0, 1)])  # fmt: skip
         for layer in range(1, 5):  # only the first layer has one
