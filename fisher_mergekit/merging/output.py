@@ -87,6 +87,25 @@ def left_out(
     return [_lacking(unknown, str(files.model))] if unknown else []
 
 
+def code_left_behind(config: Any) -> list[str]:
+    """Return the files of a model's own code without which the merge cannot be loaded.
+
+    mergekit lets transformers save the configuration, and with it the file of its class; nothing
+    copies the model's.
+
+    Args:
+        config: the output's `transformers` configuration.
+    """
+    named = getattr(config, "auto_map", None) or {}
+    modules: dict[str, str] = {
+        auto: value.partition(".")[0]
+        for auto, value in named.items()
+        if isinstance(value, str) and "--" not in value  # which are fetched from the Hub
+    }
+    copied = modules.get("AutoConfig")
+    return sorted({f"{name}.py" for name in modules.values() if name != copied})
+
+
 def loads(slots: Sequence[Slot], config: Any, tokens: Vocabulary) -> list[str]:
     """Check that transformers would load the output: every parameter, and nothing converted twice.
 

@@ -105,6 +105,11 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
         raise PlanningError(list(dict.fromkeys(problems)))
 
     warn_of_head(head, outputs, patterns, config)
+    if code := output.code_left_behind(planner.out_model_config):
+        LOG.warning(
+            "mergekit does not copy all of the models' own code: put %s into the merge's folder.",
+            " and ".join(code),
+        )
     if planner.options.write_model_card:
         card.note(config, outputs, decision)
     builder = Builder(decision, config, planner.options, tokens)

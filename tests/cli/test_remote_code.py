@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import merge_oracle
 import oracles
 import pytest
 import tiny
+import torch
 import transformers
 from hub import Hub
 from huggingface_hub import constants
@@ -95,8 +97,36 @@ def test_measured_and_merged(tmp_path, data):
     found = merged(recipe_of(a, b), tmp_path / "out", trust_remote_code=True)
     thetas, fishers = [read(a), read(b)], [fisher_of(a), fisher_of(b)]
     assert_close(found, merge_oracle.merge(thetas, fishers, [1, 1], list(thetas[0])))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True
+    )
+    assert type(model).__name__ == "ToyForCausalLM"
+    assert all(torch.equal(p, found[n]) for n, p in model.named_parameters())
     with pytest.raises(ValueError, match="trust_remote_code"):  # by mergekit itself
         merged(recipe_of(a, b), tmp_path / "refused")
+
+
+def test_code_that_mergekit_leaves_behind_is_named(tmp_path, data, caplog):
+    """It writes the configuration's file only."""
+    a, b = (save(tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    for folder in (a, b):
+        code = (folder / "toy_code.py").read_text()
+        head, _, tail = code.partition("class ToyForCausalLM")
+        (folder / "toy_code.py").write_text(head)
+        imported = "from transformers import LlamaForCausalLM\nfrom .toy_code import ToyConfig\n"
+        (folder / "toy_model.py").write_text(f"{imported}class ToyForCausalLM{tail}")
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"]["AutoModelForCausalLM"] = "toy_model.ToyForCausalLM"
+        (folder / "config.json").write_text(json.dumps(config))
+        succeed(*flags(folder, data, "--trust-remote-code"))
+    merged(recipe_of(a, b), tmp_path / "out", trust_remote_code=True)
+    (message,) = [m for m in caplog.messages if "own code" in m]
+    assert "put toy_model.py into the merge's folder" in message
+    arguments = {"trust_remote_code": True}
+    with pytest.raises(OSError, match=r"toy_model\.py"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **arguments)
+    shutil.copy(a / "toy_model.py", tmp_path / "out")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **arguments)
 
 
 def test_the_code_of_a_model_of_the_hub_is_fetched(tmp_path, data, monkeypatch):
