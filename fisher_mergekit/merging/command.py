@@ -48,7 +48,12 @@ def dropped() -> list[str]:
 def _dropped(path: Path) -> Iterator[str]:
     try:
         recipes = list(read_text(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):  # changed since mergekit has read it
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # changed since mergekit has read it
         return
     for written in recipes:
         content = written.content

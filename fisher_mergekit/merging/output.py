@@ -96,14 +96,15 @@ def code_left_behind(config: Any) -> list[str]:
     Args:
         config: the output's `transformers` configuration.
     """
-    named = getattr(config, "auto_map", None) or {}
-    modules: dict[str, str] = {
+    named = getattr(config, "auto_map", None)
+    if not isinstance(named, dict):
+        return []
+    own = {
         auto: value.partition(".")[0]
         for auto, value in named.items()
-        if isinstance(value, str) and "--" not in value  # which are fetched from the Hub
+        if isinstance(value, str) and "--" not in value  # which is fetched from the Hub
     }
-    copied = modules.get("AutoConfig")
-    return sorted({f"{name}.py" for name in modules.values() if name != copied})
+    return sorted({f"{name}.py" for name in own.values() if name != own.get("AutoConfig")})
 
 
 def loads(slots: Sequence[Slot], config: Any, tokens: Vocabulary) -> list[str]:

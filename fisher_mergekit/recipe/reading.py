@@ -156,7 +156,7 @@ def read_yaml(path: Path) -> Written:
         found = list(read_text(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
     if len(found) > 1:
         raise RecipeError(

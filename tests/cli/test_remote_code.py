@@ -121,7 +121,7 @@ def test_code_that_mergekit_leaves_behind_is_named(tmp_path, data, caplog):
         succeed(*flags(folder, data, "--trust-remote-code"))
     merged(recipe_of(a, b), tmp_path / "out", trust_remote_code=True)
     (message,) = [m for m in caplog.messages if "own code" in m]
-    assert "put toy_model.py into the merge's folder" in message
+    assert "put toy_model.py, and what is imported there, into the merge's folder" in message
     arguments = {"trust_remote_code": True}
     with pytest.raises(OSError, match=r"toy_model\.py"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **arguments)

@@ -16,7 +16,8 @@ from mergekit.scripts import multimerge
 from models import make_measured, read
 from running import assert_close, command, recipe_of
 
-from fisher_mergekit.recipe import parse_config
+from fisher_mergekit.errors import RecipeError
+from fisher_mergekit.recipe import parse_config, read_recipe
 from fisher_mergekit.recipe.dropped import dropped_keys
 from fisher_mergekit.recipe.written import read_text
 
@@ -110,16 +111,16 @@ def test_what_has_no_effect_is_a_problem(text, problem):
 @pytest.mark.parametrize(
     "text",
     [
-        MODELS + "\nnotes: mine\nx-lambdas: &l {lambda: 1}",
+        MODELS + "\nname: mine\nx-lambdas: {lambda: 1, lambda: 2}",
         MODELS + "\ncalibration: {path: x}",
         "models: [{model: ./a, calibration: {path: x}, parameters: {lambda: [0, 1]}}]",
         "models: [{model: {model: {path: ./a, revision: v1}}}]",
         "slices: [{sources: [{model: ./a, layer_range: [0, 1]}], base_model: ./b}]",
         "slices: [{sources: [{model: ./a, layer_range: [0, 1]}], residual_weight: null}]",
-        MODELS + "\nold_models: [./c]\nnum_parameters: 7B\ntokenizer_note: the same",
         "lambda: &l 0.5\nparams: &p {lambda: *l}\nmodels: [{model: ./a, parameters: *p}]",
         "template: &t {parameters: {lambda: 0.5}}\nmodel_a: &a ./a\nmodels: [{<<: *t, model: *a}]",
-        "calibrations: {rte: &c {path: x}}\nmodels: [{model: ./a, calibration: *c}]",
+        "model_a: &m {model: ./a}\nslice_1: &s [*m]\nmodels: *s",
+        "calibration_rte: {data: &c {path: x}}\nmodels: [{model: ./a, calibration: *c}]",
         MODELS + "\nparameters:\ntokenizer: {tokens: }",
         MODELS + "\nbase_model: {model: {path: ./a}, lora: ./b}",
         MODELS + "\ntokenizer: {source: union, tokens: {<x>: {source: {kind: zero}}}}",
@@ -135,6 +136,42 @@ def test_below_the_first_level_a_key_that_nobody_knows_gets_a_warning(caplog):
     assert caplog.messages == [
         "mergekit does not know and ignores 'comment' of ./a, 'scale' of ./b."
     ]
+
+
+def test_notes_are_no_misspellings(caplog):
+    notes = ["license: x", "old_models: [./c]", "num_parameters: 7B", "template: x", "note: 1"]
+    assert not told("\n".join([MODELS, *notes, "tokenizer_note: x", "note: 2"]))
+    (message,) = caplog.messages
+    assert "'license' of the recipe, 'old_models' of the recipe" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("models: [{model: &m ./a}, {model: ./b}]\nbase_modle: *m", "base_modle"),
+        (MODELS + "\nparamters: {exclude: [x], floor: &f 0.5, ridge: *f}", "paramters"),
+        (MODELS + "\nparameterz: &p {floor: *p}", "parameterz"),
+        (MODELS + "\ntokenizer_sources: union", "tokenizer_sources"),
+        (MODELS + "\noutput_dtype: bfloat16", "output_dtype"),
+    ],
+)
+def test_a_misspelt_key_is_no_anchor_for_using_one(text, key):
+    (problem,) = told(text)
+    assert f"unknown key {key!r}. Did you mean" in problem
+
+
+def test_a_misspelt_key_that_is_an_anchor_gets_a_warning(caplog):
+    assert not told("base_modle: &b ./a\nmodels: [{model: *b}]")
+    assert caplog.messages == ["mergekit does not know and ignores 'base_modle' of the recipe."]
+
+
+def test_the_depth_of_notes(tmp_path):
+    path = tmp_path / "recipe.yml"
+    path.write_text(f"merge_method: fisher\n{MODELS}\nx-deep: {'[' * 340}{']' * 340}")
+    assert [str(m.reference) for m in read_recipe(path).models] == ["./a", "./b"]
+    path.write_text(f"merge_method: fisher\n{MODELS}\nx-deep: {'[' * 3000}{']' * 3000}")
+    with pytest.raises(RecipeError, match="is not readable YAML"):
+        read_recipe(path)
 
 
 def test_several_recipes_in_one_file(pair, tmp_path, monkeypatch):
