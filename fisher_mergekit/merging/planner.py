@@ -107,8 +107,8 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     warn_of_head(head, outputs, patterns, config)
     if code := output.code_left_behind(planner.out_model_config):
         LOG.warning(
-            "mergekit does not copy all of the models' own code: put %s, and what is imported there, "
-            "into the merge's folder.",
+            "mergekit does not copy all of the models' own code: put %s, and what is imported "
+            "there, into the merge's folder.",
             " and ".join(code),
         )
     if planner.options.write_model_card:
