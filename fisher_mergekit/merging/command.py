@@ -48,12 +48,8 @@ def dropped() -> list[str]:
 def _dropped(path: Path) -> Iterator[str]:
     try:
         recipes = list(read_text(path.read_text(encoding="utf-8")))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        yaml.YAMLError,
-    ):  # changed since mergekit has read it
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        # It has changed since mergekit has read it, and what is merged is what it was.
         return
     for written in recipes:
         content = written.content
