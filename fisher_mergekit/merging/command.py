@@ -13,6 +13,7 @@ from typing import Any
 import click
 import yaml
 
+from fisher_mergekit.errors import RecipeError
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import parse_config
 from fisher_mergekit.recipe.dropped import dropped_keys
@@ -47,17 +48,15 @@ def dropped() -> list[str]:
 
 def _dropped(path: Path) -> Iterator[str]:
     try:
-        recipes = list(read_text(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        # It has changed since mergekit has read it, and what is merged is what it was.
-        return
-    for written in recipes:
-        content = written.content
-        if not isinstance(content, dict) or content.get("merge_method") not in METHODS:
-            continue
-        stage = content.pop("name", None) if is_one_of_several() else None
-        for problem in dropped_keys(parse_config(content, where="the recipe"), written):
-            yield f"stage {stage}: {problem}" if stage else problem
+        for written in read_text(path.read_text(encoding="utf-8")):
+            content = written.content
+            if not isinstance(content, dict) or content.get("merge_method") not in METHODS:
+                continue
+            stage = content.pop("name", None) if is_one_of_several() else None
+            for problem in dropped_keys(parse_config(content, where="the recipe"), written):
+                yield f"stage {stage}: {problem}" if stage else problem
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, RecipeError):
+        return  # it has changed since mergekit has read it, and what is merged is what it was
 
 
 def recipe() -> str:
