@@ -8,6 +8,7 @@ import shutil
 import models as families
 import pytest
 import transformers
+from factors import make_described
 from models import make_measured, make_model, rewrite
 from running import assert_close, merged, recipe_of
 from slicing import by_hand, piece, plan_of, sliced
@@ -68,11 +69,14 @@ class TestConfiguration:
 class TestModules:
     """Recipes for models of several modules, each with layers of its own."""
 
-    @pytest.fixture
-    def pair(self, tmp_path, monkeypatch):
+    @pytest.fixture(autouse=True)
+    def _as_mergekit_knows_it(self, monkeypatch):
         sizes = families.FAMILIES["t5"][1] | {"feed_forward_proj": "gated-gelu"}
         sizes |= {"tie_word_embeddings": False, "num_layers": 3, "num_decoder_layers": 2}
         monkeypatch.setitem(families.FAMILIES, "t5", ("T5ForConditionalGeneration", sizes))
+
+    @pytest.fixture
+    def pair(self, tmp_path):
         return [make_measured(tmp_path / n, "t5", seed=i) for i, n in enumerate("ab")]
 
     @staticmethod
@@ -116,6 +120,26 @@ class TestModules:
             tmp_path / "out", output_loading_info=True
         )
         assert not info["missing_keys"]
+
+    @pytest.mark.parametrize(("kind", "method"), [("gram", "regmean"), ("kfac", "mats")])
+    def test_by_factors(self, tmp_path, kind, method):
+        """Each module is what a merge of all with its lambdas has there."""
+        models = [tmp_path / n for n in "ab"]
+        for seed, folder in enumerate(models):
+            make_described(folder, "t5", kind, seed=seed)
+        encoder, decoder = (
+            merged(recipe_of(*models, method=method, lambdas=lambdas), tmp_path / name)
+            for name, lambdas in (("encoder", [1, 1]), ("decoder", [1, 3]))
+        )
+        listed = [{"model": str(m)} for m in models]
+        modules = {"encoder": listed, "shared": listed}
+        modules["decoder"] = [listed[0], {**listed[1], "parameters": {"lambda": 3}}]
+        recipe = self.recipe(**{name: {"models": given} for name, given in modules.items()})
+        found = merged({**recipe, "merge_method": method}, tmp_path / "out")
+        of_decoder = {n for n in found if n.startswith("decoder.")}
+        assert any((encoder[n] - decoder[n]).abs().max() > 1e-3 for n in of_decoder)
+        expected = {n: (decoder if n in of_decoder else encoder)[n] for n in found}
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     def test_a_layer_that_lacks_what_its_partner_has(self, pair, tmp_path):
         """The first layer of a T5 has the positions of all others."""
