@@ -52,13 +52,19 @@ def test_a_model_of_the_hub_is_named_by_its_name(
     assert inspect("me/bert").output == inspect(model).output
 
 
-def test_what_was_published_with_a_model_is_shown_once_it_is_downloaded(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Return a Hub that has the model; what is measured goes to `own`, downloads beside it."""
     monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path / "own"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     hub = Hub()
     hub.publish("me/bert", model)
+    return hub
+
+
+def test_what_was_published_with_a_model_is_shown_once_it_is_downloaded(
+    model: Path, tmp_path: Path, hub: Hub
+) -> None:
     assert "no sidecar of a model of this name" in inspect("me/bert").output
     hub.cached("me/bert", tmp_path)
     assert inspect("me/bert").output == inspect(model).output
@@ -80,13 +86,9 @@ def test_a_model_with_an_adapter_and_an_adapter_with_several_models(
 
 
 def test_of_several_places_the_one_that_merging_reads_is_shown(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, hub: Hub
 ) -> None:
     """Here is something of that model, but not of this kind."""
-    monkeypatch.setenv("FISHER_MERGEKIT_HOME", str(tmp_path / "own"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    hub = Hub()
-    hub.publish("me/bert", model)
     hub.cached("me/bert", tmp_path)
     (tmp_path / "own" / "me--bert").mkdir(parents=True)
     assert inspect("me/bert").output == inspect(model).output
