@@ -6,16 +6,19 @@ Models of Llama's architecture and their Fishers, random numbers in one dtype ea
 mergekit's own code, every merge in a process of its own that begins with everything imported. There
 are two models of each size; of four and eight the others are hard links to those two, so that they
 need no room (`--copies` makes them copies, so that all are read from the disk). Linear and Fisher
-take turns, and of each the fastest round counts.
+take turns.
 
-`cached` is with the files in the system's cache, read there in order; CPU time leaves out what
-waits for other programs. `cold` is the time on the wall after the system was told to forget the
-files (`posix_fadvise`), and `read` how many times linear's bytes a Fisher merge reads. Before each
-merge as much free memory as it needs is used once: a virtual machine may have to get it from its
-host first, which takes longer than the disk. Memory is the most that a process held at any moment
-of a merge that is not timed above what it had before (`RssAnon`: without mapped files, which the
-system takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The
-output is written in shards of `--shard` bytes, which mergekit collects in memory.
+`cached` is with the files in the system's cache, read there in order, and of each the fastest round
+counts; CPU time leaves out what waits for other programs. `cold` is after the system was told to
+forget the files (`posix_fadvise`): of the rounds' ratios of the times on the wall the median, and
+beside it the ratio of the fastest rounds. A disk has no fastest time that is its own: a virtual
+one's host may have in its memory what it is asked for. `read` is how many times linear's bytes a
+Fisher merge reads. Before each merge as much free memory as it needs is used once: a virtual
+machine may have to get it from its host first, which takes longer than the disk. Memory is the most
+that a process held at any moment of a merge that is not timed above what it had before (`RssAnon`:
+without mapped files, which the system takes back when it needs room), and `tensor` one float32 copy
+of the largest tensor. The output is written in shards of `--shard` bytes, which mergekit collects
+in memory.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import mmap
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
@@ -84,7 +88,8 @@ SIZES = [
 ]
 SMALL = [Size("small float32", 256, 64, 128, 2, torch.float32)]
 COLUMNS = (
-    "models", "linear", "fisher", "ratio", "CPU", "cold", "read", "linear", "fisher", "tensor",
+    "models", "linear", "fisher", "ratio", "CPU", "linear", "fisher", "ratio", "fastest", "read",
+    "linear", "fisher", "tensor",
 )  # fmt: skip
 
 
@@ -93,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="sizes whose names begin so")
     parser.add_argument("--models", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest counts (default: 3)")
-    parser.add_argument("--cold", type=int, default=2, help="cold rounds (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="cached rounds (default: 3)")
+    parser.add_argument("--cold", type=int, default=5, help="cold rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shard", type=int, default=200_000_000, help="bytes of an output shard")
     parser.add_argument("--folder", help="where to make the models (default: the system's)")
@@ -103,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     print(f"threads: {options.threads}, torch {torch.__version__}, shards of {options.shard:,} B\n")
-    print(f"{'':16}{'':8}{'cached: seconds, Fisher / linear':>36}{'cold':>8}{'bytes':>8}", end="")
-    print(f"{'peak memory, MiB':>24}")
-    print(f"{'':16}" + "".join(f"{title:>8}" for title in COLUMNS))
+    print(f"{'':12}{'cached: seconds, Fisher / linear':>32}", end="")
+    print(f"{'cold: seconds, Fisher / linear':>32}{'bytes':>8}{'peak memory, MiB':>24}")
+    print(f"{'':4}" + "".join(f"{title:>8}" for title in COLUMNS))
     for size in SMALL if options.smoke else SIZES:
         if size.name.startswith(tuple(options.only)):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -139,18 +144,31 @@ def report(size: Size, folder: Path, options: Any) -> None:
                 cold_bytes = forget(folder)
                 merge = merge_alone(chosen, method, folder / "out", options, cold=cold_bytes)
                 cold[method].append(merge.wall)
-        linear, fisher = (found[method] for method in METHODS)
-        wall = [min(m.wall for m in merges) for merges in (linear, fisher)]
-        cpu = [min(m.cpu for m in merges) for merges in (linear, fisher)]
+        cells = [str(number), *cells_cached(found), *cells_cold(cold)]
         bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
-        cells = [
-            str(number), f"{wall[0]:.2f}", f"{wall[1]:.2f}", f"{wall[1] / wall[0]:.2f}",
-            f"{cpu[1] / cpu[0]:.2f}",
-            f"{min(cold['fisher']) / min(cold['linear']):.2f}" if options.cold else "",
-            f"{bytes_read[1] / bytes_read[0]:.2f}",
-            *(f"{memory[method]:,.0f}" for method in METHODS), f"{4 * largest / MIB:,.0f}",
-        ]  # fmt: skip
-        print(f"{'':16}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
+        cells.append(f"{bytes_read[1] / bytes_read[0]:.2f}")
+        cells += [f"{memory[method]:,.0f}" for method in METHODS]
+        cells.append(f"{4 * largest / MIB:,.0f}")
+        print(f"{'':4}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
+
+
+def cells_cached(found: dict[str, list[Merge]]) -> list[str]:
+    """Return linear's and Fisher's seconds, their ratio and that of CPU time, by fastest rounds."""
+    if not found["linear"]:
+        return [""] * 4
+    linear, fisher = (min(merge.wall for merge in found[method]) for method in METHODS)
+    cpu = [min(merge.cpu for merge in found[method]) for method in METHODS]
+    return [f"{linear:.2f}", f"{fisher:.2f}", f"{fisher / linear:.2f}", f"{cpu[1] / cpu[0]:.2f}"]
+
+
+def cells_cold(cold: dict[str, list[float]]) -> list[str]:
+    """Return linear's and Fisher's seconds, by medians, and both ratios."""
+    if not cold["linear"]:
+        return [""] * 4
+    linear, fisher = (statistics.median(cold[method]) for method in METHODS)
+    ratio = statistics.median(b / a for a, b in zip(cold["linear"], cold["fisher"], strict=True))
+    fastest = min(cold["fisher"]) / min(cold["linear"])
+    return [f"{linear:.2f}", f"{fisher:.2f}", f"{ratio:.2f}", f"{fastest:.2f}"]
 
 
 def make_all(size: Size, folder: Path, count: int, *, copies: bool) -> list[Path]:
