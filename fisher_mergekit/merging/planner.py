@@ -32,7 +32,14 @@ from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
 from fisher_mergekit.merging.slots import Slot, by_model, part_names
 from fisher_mergekit.merging.walk import is_sliced, record_walk
-from fisher_mergekit.merging.ways import PRIOR_KIND, Decision, choose, kinds_needed, scales_of
+from fisher_mergekit.merging.ways import (
+    PRIOR_KIND,
+    Decision,
+    choose,
+    is_weighed,
+    kinds_needed,
+    scales_of,
+)
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe import exclude_patterns
 from fisher_mergekit.sidecar.layout import text_of
@@ -179,11 +186,16 @@ def decide(
     given = problems.of(sidecars.given_paths(config))
     remedies = Remedies(given)
     kinds = kinds_needed(method, resolved)
-    counting = {s.sources[i].model: None for s in merged for i in resolved[s.name].counting}
+    bases = problems.of(priors.base_sources(merged, resolved, config, files))
+    counting = {
+        slot.sources[i].model: None
+        for slot in merged
+        for i in resolved[slot.name].counting
+        if is_weighed(slot, resolved[slot.name], bases)
+    }
     sources = by_model(source for slot in merged for source in slot.sources)
     names = {model: part_names(sources[model]) for model in counting}
     opened = problems.of(sidecars.open_all(names, kinds, files, remedies))
-    bases = problems.of(priors.base_sources(merged, resolved, config, files))
     if bases:
         is_listed = config.base_model in sources
         prior = problems.of(priors.open_prior(bases, config, files, remedies, is_listed=is_listed))

@@ -87,6 +87,14 @@ def kinds_needed(method: Method, resolved: Mapping[str, TensorSettings]) -> list
     return list(dict.fromkeys([method.kind, *sorted(others - {"mean"})]))
 
 
+def is_weighed(slot: Slot, settings: TensorSettings, bases: Mapping[str, Source]) -> bool:
+    """Whether an output tensor has more than one source that counts.
+
+    Otherwise it is the source's own tensor, as in a slice of one model, whatever was measured.
+    """
+    return len(settings.counting) > 1 or slot.name in bases
+
+
 def factors_of(sidecar: Sidecar, source: Source) -> Factors | None:
     """Return the factors that describe a model's tensor; None where it has none of its own."""
     factors: Factors | None = sidecar.measurement.factors.get(source.tensor.parts[0].name)
@@ -116,8 +124,8 @@ def choose(
         merged: the merged output tensors, complete.
         resolved: the settings of each, by name.
         method: the recipe's.
-        opened: of every model that counts, the sidecars of all kinds that are needed; and the
-            base's, of kind `prior`.
+        opened: of every model that counts beside another, the sidecars of all kinds that are
+            needed; and the base's, of kind `prior`.
         remedies: for messages.
         bases: the base's tensors, where it is a prior.
 
@@ -207,6 +215,8 @@ def _candidates(
         keys = tuple((source.model, kind) for source in sources)
         if base is not None:
             keys = (*keys, (base.model, PRIOR_KIND))
+        if not opened.keys() >= set(keys):
+            continue  # the tensor is copied, from a model that is weighed against no other
         own = tuple(opened[key] for key in keys)
         of_merge = kind if base is None else PRIOR_KIND
         ways.append(Way(of_merge, all_sources, keys, own, has_base=base is not None))

@@ -8,7 +8,7 @@ import torch
 import transformers
 import yaml
 from factors import factors_of, make_described, mean, merged_matrix, scale
-from models import make_measured, read
+from models import make_measured, make_model, random_fishers, read
 from precomputing import fisher_of, refuse, succeed
 from running import assert_close, merged
 from slicing import at_layer, by_hand, piece, plan_of, sliced
@@ -214,6 +214,33 @@ def test_a_slice_without_layers_says_whose_embeddings_there_are(deep, tmp_path):
     found = merged(sliced(piece((b, 0, 0, 1)), piece((a, 0, 1, 1))), tmp_path / "out")
     plan = plan_of(thetas[0], [[(0, 0, 1)]], before=[(1, 1)], after=[(0, 1)])
     assert_close(found, by_hand(plan, thetas, fishers))
+
+
+def test_a_model_that_is_only_copied_needs_no_sidecar(deep, tmp_path):
+    """Nothing that could be measured of it would be used."""
+    (a, b), thetas, fishers = deep
+    other = make_model(tmp_path / "other", "llama", seed=5, num_hidden_layers=3)
+    copied = piece((other, 0, 3, 1))
+    weighed = piece((a, 0, 2, 1), (b, 0, 2, 3))
+    recipe = sliced(copied, weighed, piece((a, 2, 3, 1)))
+    found = merged(recipe, tmp_path / "out", write_model_card=True)
+    layers = [*([(2, i, 1)] for i in range(3)), *([(0, i, 1), (1, i, 3)] for i in (0, 1))]
+    plan = plan_of(thetas[0], [*layers, [(0, 2, 1)]], before=[(2, 1)], after=[(0, 1)])
+    expected = by_hand(plan, [*thetas, read(other)], [*fishers, random_fishers(other, 5)])
+    assert_close(found, expected)
+    assert f"| `{other}` | 1 | – |" in (tmp_path / "out" / "README.md").read_text()
+    assert len(merged(sliced(copied), tmp_path / "copy")) == len(read(other))
+    weighed["sources"].append(piece((other, 0, 2, 1))["sources"][0])
+    with pytest.raises(PlanningError, match=f"{other}: there is no sidecar"):
+        merged(recipe, tmp_path / "refused")
+
+
+@pytest.mark.parametrize("method", ["regmean", "mats"])
+def test_a_copied_model_needs_no_factors(tmp_path, method):
+    other = make_model(tmp_path / "other", "llama", seed=5)
+    recipe = sliced(piece((other, 0, 2, 1)), method=method, parameters={"others": "fisher"})
+    found = merged(recipe, tmp_path / "out")
+    assert_close(found, read(other), rtol=0, atol=0)
 
 
 class TestMeasured:
