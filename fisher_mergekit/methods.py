@@ -69,6 +69,7 @@ PRIOR = MethodParameter("prior", bool, False)
 PRIOR_SIDECAR = MethodParameter("prior_sidecar", str, "", whole=True)
 """Where base_model's Fisher is, if not in the place of a model's sidecar."""
 ALLOW_MIXED = MethodParameter("allow_mixed", bool, False)
+"""Whether precisions that were measured differently may be weighed against each other."""
 
 METHODS: dict[str, Method] = {
     method.name: method

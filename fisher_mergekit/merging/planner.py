@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from mergekit.architecture import WeightInfo, arch_info_for_config
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.plan import MergePlanner
 
@@ -40,7 +41,7 @@ from fisher_mergekit.merging.ways import (
     kinds_needed,
     scales_of,
 )
-from fisher_mergekit.methods import METHODS
+from fisher_mergekit.methods import ALLOW_MIXED, METHODS
 from fisher_mergekit.recipe import exclude_patterns
 from fisher_mergekit.sidecar.layout import text_of
 
@@ -187,12 +188,8 @@ def decide(
     remedies = Remedies(given)
     kinds = kinds_needed(method, resolved)
     bases = problems.of(priors.base_sources(merged, resolved, config, files))
-    counting = {
-        slot.sources[i].model: None
-        for slot in merged
-        for i in resolved[slot.name].counting
-        if is_weighed(slot, resolved[slot.name], bases)
-    }
+    weighed = [slot for slot in merged if is_weighed(slot, resolved[slot.name], bases)]
+    counting = _counting(weighed, resolved)
     sources = by_model(source for slot in merged for source in slot.sources)
     names = {model: part_names(sources[model]) for model in counting}
     opened = problems.of(sidecars.open_all(names, kinds, files, remedies))
@@ -201,16 +198,19 @@ def decide(
         prior = problems.of(priors.open_prior(bases, config, files, remedies, is_listed=is_listed))
         if prior is not None:
             opened[next(iter(bases.values())).model, PRIOR_KIND] = prior
-    if not all(settings.options.get("allow_mixed") for settings in resolved.values()):
-        for kind in kinds:
-            problems += sidecars.mixed(
-                {
-                    f"{model} (the prior)" if of == PRIOR_KIND else str(model): s.measurement
-                    for (model, of), s in opened.items()
-                    if of == kind or (of == PRIOR_KIND and kind == priors.KIND)
-                },
-                remedies.of_all,
-            )
+    strict = [slot for slot in weighed if not resolved[slot.name].options.get(ALLOW_MIXED.name)]
+    compared = _counting(strict, resolved)
+    for kind in kinds:
+        alike = {
+            str(m): s.measurement for (m, of), s in opened.items() if of == kind and m in compared
+        }
+        if kind == priors.KIND and any(slot.name in bases for slot in strict):
+            alike |= {
+                f"{m} (the prior)": s.measurement
+                for (m, of), s in opened.items()
+                if of == PRIOR_KIND
+            }
+        problems += sidecars.mixed(alike, remedies.of_all)
     if len(opened) < len(counting) * len(kinds) + bool(bases):
         return Decision(opened=opened), problems
     pieces: dict[str, tuple[Slot, ...]] = {}
@@ -221,3 +221,10 @@ def decide(
     ways, told = choose(merged, resolved, method, opened, remedies, bases)
     scales = {} if told else scales_of(merged, ways, opened)
     return Decision(ways, resolved, scales, pieces, opened), [*problems, *told]
+
+
+def _counting(
+    slots: Sequence[Slot], resolved: Mapping[str, TensorSettings]
+) -> list[ModelReference]:
+    """Return the models that count in any of these outputs."""
+    return list(dict.fromkeys(s.sources[i].model for s in slots for i in resolved[s.name].counting))

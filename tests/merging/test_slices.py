@@ -8,7 +8,7 @@ import torch
 import transformers
 import yaml
 from factors import factors_of, make_described, mean, merged_matrix, scale
-from models import make_measured, make_model, random_fishers, read
+from models import make_measured, make_model, random_fishers, read, write_fishers
 from precomputing import fisher_of, refuse, succeed
 from running import assert_close, merged
 from slicing import at_layer, by_hand, piece, plan_of, sliced
@@ -233,6 +233,21 @@ def test_a_model_that_is_only_copied_needs_no_sidecar(deep, tmp_path):
     weighed["sources"].append(piece((other, 0, 2, 1))["sources"][0])
     with pytest.raises(PlanningError, match=f"{other}: there is no sidecar"):
         merged(recipe, tmp_path / "refused")
+
+
+def test_what_was_measured_differently_is_compared_where_it_is_merged(deep, tmp_path):
+    """`allow_mixed` of one slice holds there, and copies are compared with nothing."""
+    (a, _), *_ = deep
+    other = make_model(tmp_path / "other", "llama", seed=5, num_hidden_layers=3)
+    write_fishers(other, random_fishers(other, 5), estimator="empirical")
+    slices = [piece((a, 0, 1, 1), (other, 0, 1, 1)), piece((other, 1, 3, 1))]
+    with pytest.raises(PlanningError, match="measured with different estimator"):
+        merged(sliced(*slices), tmp_path / "refused")
+    slices[0]["parameters"] = {"allow_mixed": True}
+    assert merged(sliced(*slices), tmp_path / "out")
+    slices.append(piece((a, 5, 6, 1), (other, 2, 3, 1)))
+    with pytest.raises(PlanningError, match="measured with different estimator"):
+        merged(sliced(*slices), tmp_path / "refused")
 
 
 @pytest.mark.parametrize("method", ["regmean", "mats"])
