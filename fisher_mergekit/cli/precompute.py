@@ -250,7 +250,12 @@ def _requests(
         return [(reference, out, ("fisher",), read_calibration(overrides, where="flags"))]
     recipe = read_recipe(recipe_path)
     spelt = None if model is None else (model, model.rstrip("/"))
-    chosen = [m for m in recipe.models if spelt is None or str(m.reference) in spelt]
+    chosen = [m for m in recipe.models if (str(m.reference) in spelt if spelt else not m.is_copied)]
+    if not chosen and spelt is None:
+        raise RecipeError(
+            f"{recipe_path} merges no model with another, so nothing is to be measured. One is "
+            "measured all the same with --model MODEL."
+        )
     if not chosen:
         names = ", ".join(str(m.reference) for m in recipe.models)
         raise RecipeError(f"{recipe_path} has no model {model!r}; it has {names}.")

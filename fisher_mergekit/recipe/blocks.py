@@ -25,11 +25,13 @@ class Block:
         where: how messages call it.
         understood: what mergekit has made of it, an object of its class for such a block.
         written: what the file says, or nothing where nobody has the file.
+        is_only: whether it is the only source of a slice, which is a copy of it.
     """
 
     where: str
     understood: Any
     written: Mapping[str, Any] = field(default_factory=dict)
+    is_only: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -86,7 +88,9 @@ def _merged(config: MergeConfiguration, content: Mapping[str, Any]) -> Iterator[
             yield own
             for j, source in enumerate(piece.sources):
                 where = f"{source.model} in {own.where}"
-                yield Block(where, source, _at(own.written, "sources", j))
+                yield Block(
+                    where, source, _at(own.written, "sources", j), is_only=len(piece.sources) == 1
+                )
 
 
 def _tokenizer(config: MergeConfiguration, content: Any) -> Iterator[Block]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from fisher_mergekit.errors import PlanningError, RecipeError, nearest
 from fisher_mergekit.methods import METHODS
-from fisher_mergekit.recipe.blocks import blocks
+from fisher_mergekit.recipe.blocks import Block, blocks
 from fisher_mergekit.recipe.calibration import Calibration, Kind, read_calibration
 from fisher_mergekit.recipe.dropped import NEAR, dropped_keys
 from fisher_mergekit.recipe.parameters import parameter_problems, shared_values
@@ -23,11 +23,19 @@ from fisher_mergekit.recipe.written import Written, read_text
 
 @dataclass(frozen=True)
 class RecipeModel:
-    """One model of a recipe: its reference, its calibration, and its sidecar if the recipe says."""
+    """One model of a recipe.
+
+    Attributes:
+        reference: what mergekit calls it.
+        calibration: what it is measured on.
+        sidecar: where to, if the recipe says.
+        is_copied: whether it is merged with no other anywhere, and so needs no sidecar.
+    """
 
     reference: ModelReference
     calibration: Calibration
     sidecar: Path | None
+    is_copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,25 +66,29 @@ def read_recipe(path: Path) -> Recipe:
     problems = [*dropped_keys(config, written), *parameter_problems(config)]
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
-    found = _entries(config, content)
     models = [
-        _model(reference, entries, content.get("calibration"), where=str(path))
-        for reference, entries in found.items()
+        _model(reference, found, content.get("calibration"), config, where=str(path))
+        for reference, found in _by_model(config, content).items()
     ]
     if base := _prior(config, content, [model.reference for model in models], where=str(path)):
         models.append(base)
     return Recipe(kinds_of(config), tuple(models))
 
 
-def _entries(
+def _by_model(
     config: MergeConfiguration, content: Mapping[str, Any]
-) -> dict[ModelReference, list[Mapping[str, Any]]]:
-    """Return what a recipe says of each model, under `models:` or in its slices and modules."""
-    found: dict[ModelReference, list[Mapping[str, Any]]] = {}
+) -> dict[ModelReference, list[Block]]:
+    """Return a recipe's blocks of each model, under `models:` or in its slices and modules."""
+    found: dict[ModelReference, list[Block]] = {}
     for block in blocks(config, content):
         if block.is_model:
-            found.setdefault(measured_as(block.understood.model), []).append(block.written)
+            found.setdefault(measured_as(block.understood.model), []).append(block)
     return found
+
+
+def _has_prior(config: MergeConfiguration) -> bool:
+    """Whether base_model's Fisher is a prior of anything."""
+    return config.base_model is not None and any(shared_values(config, "prior"))
 
 
 def measured_as(model: ModelReference) -> ModelReference:
@@ -92,12 +104,14 @@ def measured_as(model: ModelReference) -> ModelReference:
 
 def _model(
     reference: ModelReference,
-    entries: Sequence[Mapping[str, Any]],
+    found: Sequence[Block],
     defaults: Mapping[str, Any] | None,
+    config: MergeConfiguration,
     *,
     where: str,
 ) -> RecipeModel:
     """Return one model, which may stand in several slices but is measured once."""
+    entries = [block.written for block in found]
     said = {}
     for key in ("calibration", "sidecar"):
         values = [e if key == "calibration" else e.get("parameters") or {} for e in entries]
@@ -117,7 +131,8 @@ def _model(
     calibration = read_calibration(
         defaults, said["calibration"], where=f"{where}: calibration of {reference}"
     )
-    return RecipeModel(reference, calibration, Path(sidecar) if sidecar else None)
+    is_copied = all(block.is_only for block in found) and not _has_prior(config)
+    return RecipeModel(reference, calibration, Path(sidecar) if sidecar else None, is_copied)
 
 
 def kinds_of(config: MergeConfiguration) -> tuple[str, ...]:
@@ -137,7 +152,7 @@ def _prior(
     """Return base_model, if its Fisher is a prior and it is none of the models."""
     given = config.parameters or {}
     sidecar = given.get("prior_sidecar")
-    if config.base_model is None or not any(shared_values(config, "prior")):
+    if config.base_model is None or not _has_prior(config):
         return None
     base = measured_as(config.base_model)
     if base in listed:

@@ -128,24 +128,22 @@ def report(size: Size, folder: Path, options: Any) -> None:
         found: dict[str, list[Merge]] = {method: [] for method in METHODS}
         cold: dict[str, list[float]] = {method: [] for method in METHODS}
         memory = {}
-        forget(folder)
-        for file in folder.rglob("*.safetensors"):  # in order, as it will be mapped in large pages
-            with file.open("rb", buffering=0) as stream:
-                while stream.read(1 << 24):
-                    pass
+        if options.rounds:
+            forget(folder)
+            remember(chosen)
         for method in METHODS:
             watched = merge_alone(chosen, method, folder / "out", options, watch=True)
             memory[method] = watched.memory / MIB
         for _ in range(options.rounds):
             for method in METHODS:
                 found[method].append(merge_alone(chosen, method, folder / "out", options))
+        bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
         for _ in range(options.cold):
-            for method in METHODS:
-                cold_bytes = forget(folder)
-                merge = merge_alone(chosen, method, folder / "out", options, cold=cold_bytes)
+            for method, needed in zip(METHODS, bytes_read, strict=True):
+                forget(folder)
+                merge = merge_alone(chosen, method, folder / "out", options, cold=needed)
                 cold[method].append(merge.wall)
         cells = [str(number), *cells_cached(found), *cells_cold(cold)]
-        bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
         cells.append(f"{bytes_read[1] / bytes_read[0]:.2f}")
         cells += [f"{memory[method]:,.0f}" for method in METHODS]
         cells.append(f"{4 * largest / MIB:,.0f}")
@@ -222,15 +220,21 @@ def total(folders: Sequence[Path]) -> int:
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
 
 
-def forget(folder: Path) -> int:
-    """Have the system forget the content of all files, once they are safe; return their bytes."""
+def forget(folder: Path) -> None:
+    """Have the system forget the content of all files, once they are safe."""
     os.sync()
-    files = {file.stat().st_ino: file for file in folder.rglob("*.safetensors")}.values()
-    for file in files:
+    for file in folder.rglob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    return sum(file.stat().st_size for file in files)
+
+
+def remember(folders: Sequence[Path]) -> None:
+    """Have the system read all files in order, as it will map them in large pages."""
+    for file in (file for folder in folders for file in folder.rglob("*.safetensors")):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
 
 
 def give_memory(size: int) -> None:

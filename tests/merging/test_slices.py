@@ -310,6 +310,24 @@ class TestMeasured:
             assert set(read_header(place).kinds) == {"gram", "fisher"}
         merged(recipe, tmp_path / "out")
 
+    def test_what_is_only_copied_is_not_measured(self, pair, calibration, tmp_path):
+        """Not even data is asked for; that of a prior is merged with the base."""
+        a, b = pair
+        other = tiny.save_model(tmp_path / "other", "llama", seed=3)
+        slices = [piece((other, 0, 1, 1)), piece((a, 0, 1, 1), (b, 1, 2, 1))]
+        for source in slices[1]["sources"]:
+            source["calibration"] = calibration
+        recipe = self.write(tmp_path, sliced(*slices))
+        assert "Measured 2 of 2 models" in succeed(recipe)
+        assert merged(sliced(*slices), tmp_path / "out")
+        assert "nothing is to be measured" in refuse(self.write(tmp_path, sliced(slices[0])))
+        slices[0]["sources"][0]["calibration"] = calibration
+        recipe = self.write(tmp_path, sliced(slices[0]))
+        assert "Measured 1 of 1 models" in succeed(recipe, "--model", other)
+        top = {"base_model": str(a), "parameters": {"prior": True}, "calibration": calibration}
+        recipe = self.write(tmp_path, sliced(slices[0], **top))
+        assert "Measured 0 of 2 models" in succeed(recipe)
+
     def test_two_ways_of_measuring_one_model(self, pair, calibration, tmp_path):
         a, _ = pair
         recipe = sliced(piece((a, 0, 1, 1)), piece((a, 1, 2, 1)), calibration=calibration)
