@@ -52,8 +52,12 @@ def plan_of(names, layers, before, after):
 
 
 def by_hand(plan, thetas, fishers, **options):
-    """Merge by Fishers as the plan says; a source that is used twice counts once in its scale."""
-    used = {m: list(dict.fromkeys(n for ps in plan.values() for i, n, _ in ps if i == m)) for m in
+    """Merge by Fishers as the plan says.
+
+    A source that is used twice counts once in its model's scale, and one that is copied does not.
+    """
+    weighed = [parts for parts in plan.values() if len(parts) > 1]
+    used = {m: list(dict.fromkeys(n for ps in weighed for i, n, _ in ps if i == m)) for m in
             range(len(thetas))}  # fmt: skip
     scales = [merge_oracle.scale(fishers[m], names) if names else 1 for m, names in used.items()]
     return {

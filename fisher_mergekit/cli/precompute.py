@@ -26,8 +26,10 @@ from fisher_mergekit.measure.sources.adam import PreparedState
 from fisher_mergekit.recipe import (
     Attention,
     Calibration,
+    Dtype,
     Estimator,
     Kind,
+    SidecarDtype,
     Unit,
     read_calibration,
     read_recipe,
@@ -57,9 +59,9 @@ _CALIBRATION_FLAGS = (
      "Examples, or auto; changes speed and memory only.  [default: auto]"),
     ("--attn-implementation", "attn_implementation", click.Choice(get_args(Attention)),
      "How to compute attention.  [default: transformers' choice]"),
-    ("--dtype", "dtype", click.Choice(["float32", "bfloat16", "float16"]),
+    ("--dtype", "dtype", click.Choice(get_args(Dtype)),
      "Compute in this dtype.  [default: float32]"),
-    ("--sidecar-dtype", "sidecar_dtype", click.Choice(["float32", "bfloat16"]),
+    ("--sidecar-dtype", "sidecar_dtype", click.Choice(get_args(SidecarDtype)),
      "Write in this dtype.  [default: float32]"),
 )  # fmt: skip
 
@@ -137,7 +139,7 @@ def precompute(
     num_threads: int | None,
     **given_flags: Any,
 ) -> None:
-    """Measure every model of RECIPE that has no valid sidecar yet.
+    """Measure every model of RECIPE that has no valid sidecar yet, and is not only copied.
 
     Without a recipe, measure one model: --model M --path DATA --text COLUMN. Flags override
     the recipe.
@@ -154,7 +156,8 @@ def precompute(
     valid: list[Job] = []
     waiting: list[Prepared | PreparedState] = []
     problems: list[str] = []
-    for reference, given, default_kinds, calibration in _requests(recipe, model, out, overrides):
+    requests = _requests(recipe, model, out, overrides, quiet=quiet)
+    for reference, given, default_kinds, calibration in requests:
         is_pair = reference.lora is not None
         try:
             local = find(reference, storage)
@@ -232,7 +235,12 @@ def _overrides(flagged: dict[str, Any], seed: int | None) -> dict[str, Any]:
 
 
 def _requests(
-    recipe_path: Path | None, model: str | None, out: Path | None, overrides: dict[str, Any]
+    recipe_path: Path | None,
+    model: str | None,
+    out: Path | None,
+    overrides: dict[str, Any],
+    *,
+    quiet: bool,
 ) -> list[tuple[ModelReference, Path | None, tuple[str, ...], Calibration]]:
     """Return (model, sidecar if named, kind, calibration) of everything that is asked for."""
     if recipe_path is None:
@@ -249,16 +257,17 @@ def _requests(
             ) from None
         return [(reference, out, ("fisher",), read_calibration(overrides, where="flags"))]
     recipe = read_recipe(recipe_path)
-    spelt = None if model is None else (model, model.rstrip("/"))
-    chosen = [m for m in recipe.models if (str(m.reference) in spelt if spelt else not m.is_copied)]
-    if not chosen and spelt is None:
-        raise RecipeError(
-            f"{recipe_path} merges no model with another, so nothing is to be measured. One is "
-            "measured all the same with --model MODEL."
-        )
-    if not chosen:
-        names = ", ".join(str(m.reference) for m in recipe.models)
-        raise RecipeError(f"{recipe_path} has no model {model!r}; it has {names}.")
+    if model is None:
+        chosen = [entry for entry in recipe.models if not entry.is_copied]
+        for entry in recipe.models:
+            if entry.is_copied and not quiet:
+                click.echo(f"{entry.reference} is only copied, nothing to measure.")
+    else:
+        spelt = (model, model.rstrip("/"))
+        chosen = [entry for entry in recipe.models if str(entry.reference) in spelt]
+        if not chosen:
+            names = ", ".join(str(entry.reference) for entry in recipe.models)
+            raise RecipeError(f"{recipe_path} has no model {model!r}; it has {names}.")
     if out is not None and len(chosen) > 1:
         raise RecipeError("--out is the folder of one sidecar: name the model too, --model MODEL.")
     if "optimizer" in overrides and len(chosen) > 1:

@@ -72,7 +72,7 @@ class Builder:
         if slot.name in self._decision.ways:
             return self._merge(slot)
         dtype = self._dtype(slot) if slot.is_floating else slot.weight.force_dtype
-        (theta, *_) = self._thetas(slot, slot.sources[:1], slot.name)
+        (theta,) = self._thetas(slot, [self._decision.source_of(slot)], slot.name)
         return CopyTask(name=slot.name, theta=theta, dtype=dtype)
 
     def _dtype(self, slot: Slot) -> str | None:

@@ -22,8 +22,9 @@ from mergekit.config import MergeConfiguration
 
 from fisher_mergekit import __version__
 from fisher_mergekit.errors import some
+from fisher_mergekit.merging.sidecars import PRIOR_KIND
 from fisher_mergekit.merging.slots import Slot
-from fisher_mergekit.merging.ways import IDENTITY, PRIOR_KIND, Decision
+from fisher_mergekit.merging.ways import IDENTITY, Decision
 from fisher_mergekit.methods import METHODS
 from fisher_mergekit.sidecar.header import NONE, Header
 from fisher_mergekit.sidecar.page import KIND_NAMES
@@ -119,7 +120,6 @@ def render(config: MergeConfiguration, outputs: Sequence[Slot], decision: Decisi
     method = METHODS[config.merge_method]
     lambdas = _lambdas(outputs, decision)
     kinds = dict.fromkeys(s.kind for s in decision.opened.values())
-    names = " and ".join(KIND_NAMES.get(kind, kind) for kind in kinds)
     header = (
         *("model", "lambda", "kind", "estimator", "unit", "examples", "tokens", "data"),
         "revision",
@@ -129,7 +129,7 @@ def render(config: MergeConfiguration, outputs: Sequence[Slot], decision: Decisi
         of_model = [s for (m, kind), s in decision.opened.items() if m == model and kind in kinds]
         first = (_code(model), _range(values))
         rows += [(*first, *_provenance(s.header, s.kind)) for s in of_model]
-        if not of_model:  # it does not count
+        if not of_model:  # it counts beside no other
             rows.append((*first, *[NOTHING] * (len(header) - 2)))
     for (model, kind), sidecar in decision.opened.items():
         if kind == PRIOR_KIND:
@@ -139,8 +139,7 @@ def render(config: MergeConfiguration, outputs: Sequence[Slot], decision: Decisi
     lines = [
         TITLE,
         "",
-        f"Each model counts by what was measured of it: {names or 'nothing'}. Merged with "
-        f"`fisher_mergekit` {__version__}.",
+        f"{_how(kinds)} Merged with `fisher_mergekit` {__version__}.",
         "",
         *("| " + " | ".join(row) + " |" for row in table),
         "",
@@ -149,6 +148,13 @@ def render(config: MergeConfiguration, outputs: Sequence[Slot], decision: Decisi
         "",
     ]
     return "\n".join(lines)
+
+
+def _how(kinds: Iterable[str]) -> str:
+    names = " and ".join(KIND_NAMES.get(kind, kind) for kind in kinds)
+    if not names:
+        return "Each tensor is a copy of one model's."
+    return f"Each model counts by what was measured of it: {names}."
 
 
 def _lambdas(outputs: Sequence[Slot], decision: Decision) -> dict[ModelReference, list[float]]:
@@ -206,6 +212,11 @@ def _remarks(
             f"The Fisher of {_code(config.base_model)}, which the models were trained from, is a "
             f"[prior]({PRIOR_PAPER}); lambdas say how much of each model is added to it."
         )
+    copied = Counter(map(decision.copied_from, outputs))
+    del copied[None]
+    if copied:
+        of_models = ", ".join(f"{count:,} of {_code(model)}" for model, count in copied.items())
+        yield f"Copied tensors, merged with no other: {of_models}."
     kept: dict[ModelReference, list[str]] = {}  # a slice may have a base_model of its own
     for slot in outputs:
         if slot.excluded and slot.sources:

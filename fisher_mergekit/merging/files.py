@@ -8,7 +8,7 @@ what was measured of those tensors is converted alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -104,6 +104,13 @@ class ModelFiles(Mapping[str, TensorInfo]):
         except CheckpointError as error:
             self.trouble = error.message
             return None
+
+    @property
+    def parameters(self) -> Sequence[str]:
+        """The parameters' names in the files; of a class not in transformers, all that may be."""
+        if self.layout is not None:
+            return self.layout.parameters
+        return [name for name, info in self.items() if info.is_floating]
 
     def find(self, weight: WeightInfo) -> Stored | None:
         """Return the tensor that is merged for a weight, without reading it.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from mergekit.architecture import WeightInfo, arch_info_for_config
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.plan import MergePlanner
 
@@ -31,14 +31,15 @@ from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.pieces import with_pieces
 from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
+from fisher_mergekit.merging.sidecars import PRIOR_KIND
 from fisher_mergekit.merging.slots import Slot, by_model, part_names
 from fisher_mergekit.merging.walk import is_sliced, record_walk
 from fisher_mergekit.merging.ways import (
-    PRIOR_KIND,
     Decision,
     choose,
+    counting_models,
     is_weighed,
-    kinds_needed,
+    keys_tried,
     scales_of,
 )
 from fisher_mergekit.methods import ALLOW_MIXED, METHODS
@@ -108,7 +109,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     resolved = problems.of(settings.resolve(merged, METHODS[config.merge_method], config))
     decision = problems.of(decide(merged, resolved, config, files))
     if not problems:
-        problems += left_out(planner, decision, files)
+        problems += left_out(planner, outputs, decision, files)
     if problems:
         raise PlanningError(list(dict.fromkeys(problems)))
 
@@ -135,21 +136,21 @@ def describe_by_output(planner: MergePlanner) -> None:
         planner.arch_info = described or planner.arch_info
 
 
-def left_out(planner: MergePlanner, decision: Decision, files: Files) -> list[str]:
-    """Say which measured parameters mergekit would leave out of the merge."""
+def left_out(
+    planner: MergePlanner, outputs: Sequence[Slot], decision: Decision, files: Files
+) -> list[str]:
+    """Say which parameters of the models mergekit would leave out of the merge."""
     kind = METHODS[planner.config.merge_method].kind
     known: dict[str, list[WeightInfo]] = {}  # most models are built alike, and it takes a while
     problems = []
-    for (model, of), sidecar in decision.opened.items():
-        if of == kind:
-            config = files[model].config
-            text = text_of(config)
-            if text not in known:
-                known[text] = planner.arch_info.all_weights(config)
-            measured = sidecars.parameters(sidecar)
-            problems += output.left_out(
-                files[model], measured, known[text], planner.out_model_config
-            )
+    merged = [slot for slot in outputs if slot.is_merged]
+    for model in counting_models(merged, decision.settings):
+        held, sidecar = files[model], decision.opened.get((model, kind))
+        text = text_of(held.config)
+        if text not in known:
+            known[text] = planner.arch_info.all_weights(held.config)
+        names = held.parameters if sidecar is None else sidecars.parameters(sidecar)
+        problems += output.left_out(held, names, known[text], planner.out_model_config)
     return problems
 
 
@@ -186,45 +187,28 @@ def decide(
     problems = Problems()
     given = problems.of(sidecars.given_paths(config))
     remedies = Remedies(given)
-    kinds = kinds_needed(method, resolved)
     bases = problems.of(priors.base_sources(merged, resolved, config, files))
     weighed = [slot for slot in merged if is_weighed(slot, resolved[slot.name], bases)]
-    counting = _counting(weighed, resolved)
-    sources = by_model(source for slot in merged for source in slot.sources)
-    names = {model: part_names(sources[model]) for model in counting}
-    opened = problems.of(sidecars.open_all(names, kinds, files, remedies))
+    tried = {s.name: keys_tried(s, resolved[s.name], method, bases) for s in weighed}
+    wanted = dict.fromkeys(chain.from_iterable(chain.from_iterable(tried.values())))
+    sources = by_model(source for slot in weighed for source in slot.sources)
+    names = {key: part_names(sources[key[0]]) for key in wanted if key[1] != PRIOR_KIND}
+    opened = problems.of(sidecars.open_all(names, files, remedies))
     if bases:
-        is_listed = config.base_model in sources
+        is_listed = any(s.model == config.base_model for slot in merged for s in slot.sources)
         prior = problems.of(priors.open_prior(bases, config, files, remedies, is_listed=is_listed))
         if prior is not None:
             opened[next(iter(bases.values())).model, PRIOR_KIND] = prior
     strict = [slot for slot in weighed if not resolved[slot.name].options.get(ALLOW_MIXED.name)]
-    compared = _counting(strict, resolved)
-    for kind in kinds:
-        alike = {
-            str(m): s.measurement for (m, of), s in opened.items() if of == kind and m in compared
-        }
-        if kind == priors.KIND and any(slot.name in bases for slot in strict):
-            alike |= {
-                f"{m} (the prior)": s.measurement
-                for (m, of), s in opened.items()
-                if of == PRIOR_KIND
-            }
-        problems += sidecars.mixed(alike, remedies.of_all)
-    if len(opened) < len(counting) * len(kinds) + bool(bases):
+    for together in dict.fromkeys(chain.from_iterable(tried[slot.name] for slot in strict)):
+        problems += sidecars.mixed({k: opened[k] for k in together if k in opened}, remedies.of_all)
+    if not opened.keys() >= wanted.keys():
         return Decision(opened=opened), problems
     pieces: dict[str, tuple[Slot, ...]] = {}
     if any(sidecar.measurement.factors for sidecar in opened.values()):
-        pieces = with_pieces(merged)
-        merged = [piece for slot in merged for piece in pieces.get(slot.name, (slot,))]
+        pieces = with_pieces(weighed)
+        weighed = [piece for slot in weighed for piece in pieces.get(slot.name, (slot,))]
         resolved |= {p.name: resolved[name] for name, made in pieces.items() for p in made}
-    ways, told = choose(merged, resolved, method, opened, remedies, bases)
-    scales = {} if told else scales_of(merged, ways, opened)
+    ways, told = choose(weighed, resolved, method, opened, remedies, bases)
+    scales = {} if told else scales_of(weighed, ways, opened)
     return Decision(ways, resolved, scales, pieces, opened), [*problems, *told]
-
-
-def _counting(
-    slots: Sequence[Slot], resolved: Mapping[str, TensorSettings]
-) -> list[ModelReference]:
-    """Return the models that count in any of these outputs."""
-    return list(dict.fromkeys(s.sources[i].model for s in slots for i in resolved[s.name].counting))

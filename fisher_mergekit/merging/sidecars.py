@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -26,6 +27,12 @@ COMPARABLE = ("estimator", "unit", "likelihood", "max_length", "mask_prompt")
 ASYMMETRY = 1e-3
 """Largest difference of a factor from its transpose, relative to its largest value."""
 
+Key: TypeAlias = tuple[ModelReference, str]
+"""A model, and a kind that was measured of it."""
+PRIOR_KIND = "prior"
+"""The kind of a merge with a prior; also of the base's Fisher among the sidecars, because the base
+may be one of the models, too, and has another scale there."""
+
 OPENED = Planned(Sidecar)
 """The sidecars of this merge, by path and kind."""
 
@@ -39,34 +46,27 @@ def remedy_of(path: Path, kind: str) -> str:
 
 
 def open_all(
-    names: Mapping[ModelReference, Sequence[str]],
-    kinds: Iterable[str],
-    files: Files,
-    remedies: Remedies,
-) -> tuple[dict[tuple[ModelReference, str], Sidecar], list[str]]:
+    names: Mapping[Key, Sequence[str]], files: Files, remedies: Remedies
+) -> tuple[dict[Key, Sidecar], list[str]]:
     """Open the sidecars of all models, and check them without loading a precision.
 
     Args:
-        names: of each model that counts, the tensors in its files that are merged.
-        kinds: which precisions are needed.
+        names: by model and kind, the tensors in the model's files that may be merged by it.
         files: each model's tensors.
         remedies: for messages.
 
     Returns:
         The sidecars that fit their models, by model and kind, and what is wrong.
     """
-    opened: dict[tuple[ModelReference, str], Sidecar] = {}
+    opened: dict[Key, Sidecar] = {}
     problems: list[str] = []
-    for kind in kinds:
-        for model, merged in names.items():
-            path = remedies.given.get(model) or place_of(
-                model, files[model].checkpoint.folder, kind
-            )
-            remedy = remedies.of(model, kind)
-            found, told = open_checked(model, path, kind, files[model], merged, remedy)
-            problems += told
-            if found is not None:
-                opened[model, kind] = found
+    for (model, kind), merged in names.items():
+        path = remedies.given.get(model) or place_of(model, files[model].checkpoint.folder, kind)
+        remedy = remedies.of(model, kind)
+        found, told = open_checked(model, path, kind, files[model], merged, remedy)
+        problems += told
+        if found is not None:
+            opened[model, kind] = found
     return opened, problems
 
 
@@ -201,13 +201,16 @@ def squared_norm(sidecar: Sidecar, weight: str) -> float:
     return math.prod(squares) / math.prod(lead)
 
 
-def mixed(measured: Mapping[str, header.Measurement], remedy: str) -> list[str]:
-    """Say in which respect the models were measured differently, if in any."""
+def mixed(opened: Mapping[Key, Sidecar], remedy: str) -> list[str]:
+    """Say in which respect models that are merged together were measured differently."""
     problems = []
     for key in COMPARABLE:
-        values = {model: getattr(m.settings, key) for model, m in measured.items()}
+        values = {k: getattr(sidecar.measurement.settings, key) for k, sidecar in opened.items()}
         if len(set(values.values())) > 1:
-            listed = ", ".join(f"{value} for {model}" for model, value in values.items())
+            listed = ", ".join(
+                f"{value} for {model}{' (the prior)' if kind == PRIOR_KIND else ''}"
+                for (model, kind), value in values.items()
+            )
             problems.append(
                 f"the models were measured with different {key}: {listed}. Such precisions differ "
                 f"in scale or meaning. Measure alike ({remedy} --force), or insist with "

@@ -10,26 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from mergekit.common import ModelReference
 
 from fisher_mergekit.errors import some
 from fisher_mergekit.merging.remedies import Remedies
 from fisher_mergekit.merging.settings import TensorSettings
-from fisher_mergekit.merging.sidecars import squared_norm
+from fisher_mergekit.merging.sidecars import PRIOR_KIND, Key, squared_norm
 from fisher_mergekit.merging.slots import Slot, Source, by_model, part_names
 from fisher_mergekit.methods import EMBEDDINGS, OTHERS, Method
 from fisher_mergekit.precision.fisher import root_mean_square
 from fisher_mergekit.sidecar.header import Factors
 from fisher_mergekit.sidecar.reader import Sidecar
 
-Opened = Mapping[tuple[ModelReference, str], Sidecar]
-"""The sidecars of a merge, by model and kind."""
+Opened: TypeAlias = Mapping[Key, Sidecar]
+"""The sidecars of a merge."""
 
 IDENTITY = "identity"
-PRIOR_KIND = "prior"
-"""The kind of a merge with a prior; also of the base's Fisher among the sidecars, because the base
-may be one of the models, too, and has another scale there."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Way:
 
     kind: str
     sources: tuple[Source, ...]
-    keys: tuple[tuple[ModelReference, str], ...] = ()
+    keys: tuple[Key, ...] = ()
     sidecars: tuple[Sidecar, ...] = ()
     has_base: bool = False
 
@@ -67,7 +65,8 @@ class Decision:
     """How everything is merged.
 
     Attributes:
-        ways: by the tensor's name: the output's, or a piece's of it.
+        ways: of what is merged of several sources, by the tensor's name: the output's, or a
+            piece's of it. What has only one is copied.
         settings: likewise.
         scales: each precision's root mean square over everything that is merged by its kind.
         pieces: of outputs that are put together from merged pieces, those, by the output's name.
@@ -76,23 +75,54 @@ class Decision:
 
     ways: Mapping[str, Way] = field(default_factory=dict)
     settings: Mapping[str, TensorSettings] = field(default_factory=dict)
-    scales: Mapping[tuple[ModelReference, str], float] = field(default_factory=dict)
+    scales: Mapping[Key, float] = field(default_factory=dict)
     pieces: Mapping[str, Sequence[Slot]] = field(default_factory=dict)
     opened: Opened = field(default_factory=dict)
 
+    def copied_from(self, slot: Slot) -> ModelReference | None:
+        """Return the one model that an output tensor is a copy of; None for any other tensor."""
+        if not slot.is_merged or slot.name in self.ways or slot.name in self.pieces:
+            return None
+        return self.source_of(slot).model
 
-def kinds_needed(method: Method, resolved: Mapping[str, TensorSettings]) -> list[str]:
-    """Return the kinds of which sidecars have to be there."""
-    others = {_others(settings) for settings in resolved.values()}
-    return list(dict.fromkeys([method.kind, *sorted(others - {"mean"})]))
+    def source_of(self, slot: Slot) -> Source:
+        """Return the first source that counts; of what is not merged, the first."""
+        settings = self.settings.get(slot.name)
+        return slot.sources[settings.counting[0] if settings else 0]
+
+
+def counting_models(
+    slots: Iterable[Slot], resolved: Mapping[str, TensorSettings]
+) -> list[ModelReference]:
+    """Return the models that count in any of these outputs."""
+    found = (slot.sources[i].model for slot in slots for i in resolved[slot.name].counting)
+    return list(dict.fromkeys(found))
 
 
 def is_weighed(slot: Slot, settings: TensorSettings, bases: Mapping[str, Source]) -> bool:
     """Whether an output tensor has more than one source that counts.
 
-    Otherwise it is the source's own tensor, as in a slice of one model, whatever was measured.
+    Otherwise it is a copy of that source, as in a slice of one model, whatever was measured.
     """
     return len(settings.counting) > 1 or slot.name in bases
+
+
+def keys_tried(
+    slot: Slot, settings: TensorSettings, method: Method, bases: Mapping[str, Source]
+) -> list[tuple[Key, ...]]:
+    """Return by which sidecars a tensor may be merged: of each kind that is tried, one a source.
+
+    Args:
+        slot: a merged output tensor.
+        settings: its own.
+        method: the recipe's.
+        bases: the base's tensors, where it is a prior; its sidecar comes last.
+    """
+    others = str(settings.options.get(OTHERS.name, OTHERS.default))
+    models = [slot.sources[i].model for i in settings.counting]
+    prior = ((bases[slot.name].model, PRIOR_KIND),) if slot.name in bases else ()
+    kinds = [method.kind] if others == "mean" else [method.kind, others]
+    return [(*((model, kind) for model in models), *prior) for kind in kinds]
 
 
 def factors_of(sidecar: Sidecar, source: Source) -> Factors | None:
@@ -121,11 +151,10 @@ def choose(
     """Choose each output tensor's way.
 
     Args:
-        merged: the merged output tensors, complete.
+        merged: the output tensors that are merged of several sources, complete.
         resolved: the settings of each, by name.
         method: the recipe's.
-        opened: of every model that counts beside another, the sidecars of all kinds that are
-            needed; and the base's, of kind `prior`.
+        opened: all sidecars by which they may be merged.
         remedies: for messages.
         bases: the base's tensors, where it is a prior.
 
@@ -169,9 +198,7 @@ def choose(
     return ways, problems
 
 
-def scales_of(
-    merged: Sequence[Slot], ways: Mapping[str, Way], opened: Opened
-) -> dict[tuple[ModelReference, str], float]:
+def scales_of(merged: Sequence[Slot], ways: Mapping[str, Way], opened: Opened) -> dict[Key, float]:
     """Return each precision's root mean square over everything that is merged by its kind.
 
     A source that several outputs share is one tensor of the model, and counts once; so does one
@@ -207,24 +234,15 @@ def _candidates(
     bases: Mapping[str, Source],
 ) -> list[Way]:
     """Return the ways that a tensor may go: first as a mean, then by each kind that is tried."""
-    others, base = _others(settings), bases.get(slot.name)
+    base = bases.get(slot.name)
     sources = tuple(slot.sources[i] for i in settings.counting)
     all_sources = sources if base is None else (*sources, base)
     ways = [Way(IDENTITY, all_sources, has_base=base is not None)]
-    for kind in [method.kind] if others == "mean" else [method.kind, others]:
-        keys = tuple((source.model, kind) for source in sources)
-        if base is not None:
-            keys = (*keys, (base.model, PRIOR_KIND))
-        if not opened.keys() >= set(keys):
-            continue  # the tensor is copied, from a model that is weighed against no other
+    for keys in keys_tried(slot, settings, method, bases):
         own = tuple(opened[key] for key in keys)
-        of_merge = kind if base is None else PRIOR_KIND
-        ways.append(Way(of_merge, all_sources, keys, own, has_base=base is not None))
+        kind = keys[-1][1]  # with a base, `prior`
+        ways.append(Way(kind, all_sources, keys, own, has_base=base is not None))
     return ways
-
-
-def _others(settings: TensorSettings) -> str:
-    return str(settings.options.get(OTHERS.name, OTHERS.default))
 
 
 def _describes(sidecar: Sidecar, source: Source) -> bool:

@@ -14,8 +14,10 @@ reads all of it, and refuses what mergekit would drop in silence: unknown and mi
 from fisher_mergekit.recipe.calibration import (
     Attention,
     Calibration,
+    Dtype,
     Estimator,
     Kind,
+    SidecarDtype,
     Unit,
     read_calibration,
 )
@@ -35,10 +37,12 @@ from fisher_mergekit.recipe.reading import (
 __all__ = [
     "Attention",
     "Calibration",
+    "Dtype",
     "Estimator",
     "Kind",
     "Recipe",
     "RecipeModel",
+    "SidecarDtype",
     "Unit",
     "exclude_patterns",
     "measured_as",

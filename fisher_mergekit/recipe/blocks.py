@@ -25,13 +25,13 @@ class Block:
         where: how messages call it.
         understood: what mergekit has made of it, an object of its class for such a block.
         written: what the file says, or nothing where nobody has the file.
-        is_only: whether it is the only source of a slice, which is a copy of it.
+        within: the blocks around it that may have `parameters`, from the innermost on.
     """
 
     where: str
     understood: Any
     written: Mapping[str, Any] = field(default_factory=dict)
-    is_only: bool = False
+    within: tuple[Block, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -74,23 +74,23 @@ def blocks(config: MergeConfiguration, content: Mapping[str, Any] | None = None)
 
 def _merged(config: MergeConfiguration, content: Mapping[str, Any]) -> Iterator[Block]:
     """Yield the blocks that may have `parameters`; slices are counted through all modules."""
-    parts = [(Block("the recipe", config, content), "")] + [
-        (Block(f"module {name}", module, _at(content, "modules", name)), f" in {name}")
+    whole = Block("the recipe", config, content)
+    parts = [(whole, "")] + [
+        (Block(f"module {name}", module, _at(content, "modules", name), (whole,)), f" in {name}")
         for name, module in (config.modules or {}).items()
     ]
     count = itertools.count()
     for part, within in parts:
         yield part
+        around = (part, *part.within)
         for i, entry in enumerate(part.understood.models or ()):
-            yield Block(f"{entry.model}{within}", entry, _at(part.written, "models", i))
+            yield Block(f"{entry.model}{within}", entry, _at(part.written, "models", i), around)
         for i, piece in enumerate(part.understood.slices or ()):
-            own = Block(f"slice {next(count)}", piece, _at(part.written, "slices", i))
+            own = Block(f"slice {next(count)}", piece, _at(part.written, "slices", i), around)
             yield own
             for j, source in enumerate(piece.sources):
                 where = f"{source.model} in {own.where}"
-                yield Block(
-                    where, source, _at(own.written, "sources", j), is_only=len(piece.sources) == 1
-                )
+                yield Block(where, source, _at(own.written, "sources", j), (own, *around))
 
 
 def _tokenizer(config: MergeConfiguration, content: Any) -> Iterator[Block]:

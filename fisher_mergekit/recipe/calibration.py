@@ -43,6 +43,10 @@ else:
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 """What transformers can compute attention with; which of them, depends on the model."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What can be computed in."""
+SidecarDtype = Literal["float32", "bfloat16"]
+"""What can be written; float16 has not the range of squares."""
 
 
 class Calibration(BaseModel):
@@ -75,8 +79,8 @@ class Calibration(BaseModel):
     batch_size: Count | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     attn_implementation: Attention | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    sidecar_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
+    sidecar_dtype: SidecarDtype = "float32"
 
 
 CALIBRATION_KEYS = tuple(Calibration.model_fields)

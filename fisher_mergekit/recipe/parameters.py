@@ -71,13 +71,13 @@ def parameter_blocks(config: MergeConfiguration) -> Iterator[Block]:
 def shared_values(config: MergeConfiguration, key: str) -> list[Any]:
     """Return all values that a parameter has in a recipe, its modules and slices."""
     shared = (block.parameters for block in blocks(config) if not block.is_model)
-    return [value for keys in shared for value in _values(keys.get(key))]
+    return [value for keys in shared for value in values_of(keys.get(key))]
 
 
-def _values(setting: Any) -> list[Any]:
+def values_of(setting: Any) -> list[Any]:
     """Return all values that a setting has: its own, or those of its filters and gradients."""
     if isinstance(setting, list):
-        return [value for part in setting for value in _values(part)]
+        return [value for part in setting for value in values_of(part)]
     if isinstance(setting, Mapping):
-        return _values(setting.get("value"))
-    return _values(setting.value) if isinstance(setting, ConditionalParameter) else [setting]
+        return values_of(setting.get("value"))
+    return values_of(setting.value) if isinstance(setting, ConditionalParameter) else [setting]

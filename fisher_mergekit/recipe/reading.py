@@ -17,7 +17,7 @@ from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe.blocks import Block, blocks
 from fisher_mergekit.recipe.calibration import Calibration, Kind, read_calibration
 from fisher_mergekit.recipe.dropped import NEAR, dropped_keys
-from fisher_mergekit.recipe.parameters import parameter_problems, shared_values
+from fisher_mergekit.recipe.parameters import parameter_problems, shared_values, values_of
 from fisher_mergekit.recipe.written import Written, read_text
 
 
@@ -67,7 +67,7 @@ def read_recipe(path: Path) -> Recipe:
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
     models = [
-        _model(reference, found, content.get("calibration"), config, where=str(path))
+        _model(reference, found, content.get("calibration"), where=str(path))
         for reference, found in _by_model(config, content).items()
     ]
     if base := _prior(config, content, [model.reference for model in models], where=str(path)):
@@ -86,9 +86,24 @@ def _by_model(
     return found
 
 
-def _has_prior(config: MergeConfiguration) -> bool:
-    """Whether base_model's Fisher is a prior of anything."""
-    return config.base_model is not None and any(shared_values(config, "prior"))
+def _is_copy(block: Block) -> bool:
+    """Whether a model is the only one in a slice or module, and nothing is a prior there."""
+    around, *_ = block.within
+    if around.is_whole:
+        return False  # a recipe of one model is one to measure it by
+    here = getattr(around.understood, "sources", None) or around.understood.models
+    return len(here) == 1 and not _may_be_true([b.parameters.get("prior") for b in block.within])
+
+
+def _may_be_true(settings: Sequence[Any]) -> bool:
+    """Whether a parameter may hold, by its settings from the innermost block on."""
+    for setting in settings:
+        values = values_of(setting)
+        if any(values):
+            return True
+        if setting is not None and not isinstance(setting, list):  # filters let others through
+            return False
+    return False
 
 
 def measured_as(model: ModelReference) -> ModelReference:
@@ -106,7 +121,6 @@ def _model(
     reference: ModelReference,
     found: Sequence[Block],
     defaults: Mapping[str, Any] | None,
-    config: MergeConfiguration,
     *,
     where: str,
 ) -> RecipeModel:
@@ -131,7 +145,7 @@ def _model(
     calibration = read_calibration(
         defaults, said["calibration"], where=f"{where}: calibration of {reference}"
     )
-    is_copied = all(block.is_only for block in found) and not _has_prior(config)
+    is_copied = all(map(_is_copy, found))
     return RecipeModel(reference, calibration, Path(sidecar) if sidecar else None, is_copied)
 
 
@@ -152,7 +166,7 @@ def _prior(
     """Return base_model, if its Fisher is a prior and it is none of the models."""
     given = config.parameters or {}
     sidecar = given.get("prior_sidecar")
-    if config.base_model is None or not _has_prior(config):
+    if config.base_model is None or not any(shared_values(config, "prior")):
         return None
     base = measured_as(config.base_model)
     if base in listed:

@@ -184,7 +184,8 @@ class Layout:
 
     Attributes:
         groups: what becomes what.
-        unused: the tensors in the files that the model has no place for.
+        parameters: names of the tensors in the files that become parameters.
+        unused: those that the model has no place for.
 
     Raises:
         CheckpointError: tensors that are converted together do not fit together.
@@ -195,8 +196,8 @@ class Layout:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = getattr(model, "base_model_prefix", "")
-        self._known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._known = parameters | {name for name, _ in model.named_buffers(remove_duplicate=False)}
         groups: list[Group] = []
         unused: list[str] = []
         together: dict[str, tuple[WeightConverter, list[str], list[TensorInfo]]] = {}
@@ -216,6 +217,9 @@ class Layout:
             targets = {name: tuple(tensor.shape) for name, tensor in made.items()}
             groups.append(Group(tuple(sources), targets, tuple(patterns), converter, model))
         self.groups = tuple(groups)
+        self.parameters = tuple(
+            s.name for g in groups if g.targets.keys() & parameters for s in g.sources
+        )
         self.unused = tuple(unused)
         self._made = {target: group for group in reversed(groups) for target in group.targets}
 

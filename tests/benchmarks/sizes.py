@@ -11,14 +11,14 @@ take turns.
 `cached` is with the files in the system's cache, read there in order, and of each the fastest round
 counts; CPU time leaves out what waits for other programs. `cold` is after the system was told to
 forget the files (`posix_fadvise`): of the rounds' ratios of the times on the wall the median, and
-beside it the ratio of the fastest rounds. A disk has no fastest time that is its own: a virtual
-one's host may have in its memory what it is asked for. `read` is how many times linear's bytes a
-Fisher merge reads. Before each merge as much free memory as it needs is used once: a virtual
-machine may have to get it from its host first, which takes longer than the disk. Memory is the most
-that a process held at any moment of a merge that is not timed above what it had before (`RssAnon`:
-without mapped files, which the system takes back when it needs room), and `tensor` one float32 copy
-of the largest tensor. The output is written in shards of `--shard` bytes, which mergekit collects
-in memory.
+beside it the ratio of the fastest rounds; seconds are medians, too. A disk has no fastest time that
+is its own: a virtual one's host may have in its memory what it is asked for. `read` is how many
+times linear's bytes a Fisher merge reads. Before each merge as much free memory as it needs is used
+once: a virtual machine may have to get it from its host first, which takes longer than the disk.
+Memory is the most that a process held at any moment of a merge that is not timed above what it had
+before (`RssAnon`: without mapped files, which the system takes back when it needs room), and
+`tensor` one float32 copy of the largest tensor. The output is written in shards of `--shard` bytes,
+which mergekit collects in memory.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ def report(size: Size, folder: Path, options: Any) -> None:
                 found[method].append(merge_alone(chosen, method, folder / "out", options))
         bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
         for _ in range(options.cold):
-            for method, needed in zip(METHODS, bytes_read, strict=True):
+            for method in METHODS:
                 forget(folder)
-                merge = merge_alone(chosen, method, folder / "out", options, cold=needed)
+                merge = merge_alone(chosen, method, folder / "out", options, cold=True)
                 cold[method].append(merge.wall)
         cells = [str(number), *cells_cached(found), *cells_cold(cold)]
         cells.append(f"{bytes_read[1] / bytes_read[0]:.2f}")
@@ -215,9 +215,11 @@ def make(size: Size, folder: Path, seed: int) -> None:
     write_sidecar(folder / "sidecar", "fisher", identity, measurement, fishers)
 
 
-def total(folders: Sequence[Path]) -> int:
-    """Return the bytes of all tensors in the folders, not in their subfolders."""
-    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+def total(folders: Sequence[Path], *, once: bool = False) -> int:
+    """Return the bytes of all tensors in the folders, not in their subfolders; of links `once`."""
+    found = [file.stat() for folder in folders for file in folder.glob("*.safetensors")]
+    kept = {file.st_ino: file for file in found}.values() if once else found
+    return sum(file.st_size for file in kept)
 
 
 def forget(folder: Path) -> None:
@@ -271,16 +273,17 @@ def merge_alone(
     out: Path,
     options: Any,
     *,
-    cold: int = 0,
+    cold: bool = False,
     watch: bool = False,
 ) -> Merge:
-    """Merge in a process of its own; `cold` bytes of the files are not in the system's cache."""
+    """Merge in a process of its own; whether the files are not in the system's cache, is `cold`."""
     ours, theirs = PROCESSES.Pipe(duplex=False)
     given = (theirs, models, method, out, options.threads, options.shard, watch)
     process = PROCESSES.Process(target=_merge, args=given)
     os.sync()  # what an earlier merge has written
     if not options.smoke:  # other tests need it, too
-        give_memory(4 * total(models[:1]) + (2 << 30) + cold)
+        read = [*models, *(model / "sidecar" for model in models if method == "fisher")]
+        give_memory(4 * total(models[:1]) + (2 << 30) + (total(read, once=True) if cold else 0))
     process.start()
     theirs.close()
     try:

@@ -101,8 +101,8 @@ def test_a_frankenmerge_by_factors(tmp_path, kind):
     scales = None
     matrices = factors_of(kind, made[0].thetas)
     if kind == "kfac":
-        used = [{n for ps in plan.values() for m, n, _ in ps if m == i and n in matrices
-                 and "embed" not in n} for i in (0, 1)]  # fmt: skip
+        weighed = [parts for parts in plan.values() if len(parts) > 1]
+        used = [{n for ps in weighed for m, n, _ in ps if m == i and n in matrices} for i in (0, 1)]
         scales = [scale(made[i], sorted(names)) for i, names in enumerate(used)]
     expected = {}
     for name, parts in plan.items():
@@ -229,7 +229,9 @@ def test_a_model_that_is_only_copied_needs_no_sidecar(deep, tmp_path):
     expected = by_hand(plan, [*thetas, read(other)], [*fishers, random_fishers(other, 5)])
     assert_close(found, expected)
     assert f"| `{other}` | 1 | – |" in (tmp_path / "out" / "README.md").read_text()
-    assert len(merged(sliced(copied), tmp_path / "copy")) == len(read(other))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"* Copied tensors, merged with no other: 28 of `{other}`, 11 of `{a}`.\n" in text
+    assert_close(merged(sliced(copied), tmp_path / "copy"), read(other), rtol=0, atol=0)
     weighed["sources"].append(piece((other, 0, 2, 1))["sources"][0])
     with pytest.raises(PlanningError, match=f"{other}: there is no sidecar"):
         merged(recipe, tmp_path / "refused")
@@ -240,11 +242,15 @@ def test_what_was_measured_differently_is_compared_where_it_is_merged(deep, tmp_
     (a, _), *_ = deep
     other = make_model(tmp_path / "other", "llama", seed=5, num_hidden_layers=3)
     write_fishers(other, random_fishers(other, 5), estimator="empirical")
-    slices = [piece((a, 0, 1, 1), (other, 0, 1, 1)), piece((other, 1, 3, 1))]
+    slices = [piece((a, 0, 1, 1), (other, 0, 1, 1)), piece((other, 1, 3, 1)), piece((a, 1, 2, 1))]
     with pytest.raises(PlanningError, match="measured with different estimator"):
         merged(sliced(*slices), tmp_path / "refused")
     slices[0]["parameters"] = {"allow_mixed": True}
     assert merged(sliced(*slices), tmp_path / "out")
+    third = make_model(tmp_path / "third", "llama", seed=6, num_hidden_layers=3)
+    write_fishers(third, random_fishers(third, 6), estimator="empirical")
+    alike = [piece((x, 0, 1, 1), (y, 0, 1, 1)) for x, y in (deep[0], (other, third))]
+    assert merged(sliced(*alike), tmp_path / "alike")
     slices.append(piece((a, 5, 6, 1), (other, 2, 3, 1)))
     with pytest.raises(PlanningError, match="measured with different estimator"):
         merged(sliced(*slices), tmp_path / "refused")
@@ -256,6 +262,17 @@ def test_a_copied_model_needs_no_factors(tmp_path, method):
     recipe = sliced(piece((other, 0, 2, 1)), method=method, parameters={"others": "fisher"})
     found = merged(recipe, tmp_path / "out")
     assert_close(found, read(other), rtol=0, atol=0)
+
+
+def test_others_are_asked_for_where_something_is_merged(tmp_path):
+    made = [make_described(tmp_path / n, "llama", seed=s) for s, n in enumerate("ab")]
+    folders = [m.folder for m in made]
+    parts = [piece((folders[0], 0, 1, 1)), piece(*((f, 1, 2, 1) for f in folders))]
+    parts[0]["parameters"] = {"others": "fisher"}
+    assert merged(sliced(*parts, method="regmean"), tmp_path / "out")
+    parts[1]["parameters"] = {"others": "fisher"}
+    with pytest.raises(PlanningError, match="has no complete 'fisher'"):
+        merged(sliced(*parts, method="regmean"), tmp_path / "refused")
 
 
 class TestMeasured:
@@ -318,15 +335,19 @@ class TestMeasured:
         for source in slices[1]["sources"]:
             source["calibration"] = calibration
         recipe = self.write(tmp_path, sliced(*slices))
-        assert "Measured 2 of 2 models" in succeed(recipe)
+        said = succeed(recipe)
+        assert f"{other} is only copied, nothing to measure." in said
+        assert "Measured 2 of 2 models" in said
         assert merged(sliced(*slices), tmp_path / "out")
-        assert "nothing is to be measured" in refuse(self.write(tmp_path, sliced(slices[0])))
+        assert "Measured 0 of 0 models" in succeed(self.write(tmp_path, sliced(slices[0])))
         slices[0]["sources"][0]["calibration"] = calibration
         recipe = self.write(tmp_path, sliced(slices[0]))
         assert "Measured 1 of 1 models" in succeed(recipe, "--model", other)
         top = {"base_model": str(a), "parameters": {"prior": True}, "calibration": calibration}
         recipe = self.write(tmp_path, sliced(slices[0], **top))
         assert "Measured 0 of 2 models" in succeed(recipe)
+        slices[0]["parameters"] = {"prior": False}
+        assert f"{other} is only copied" in succeed(self.write(tmp_path, sliced(*slices, **top)))
 
     def test_two_ways_of_measuring_one_model(self, pair, calibration, tmp_path):
         a, _ = pair
