@@ -54,7 +54,7 @@ def plan_of(names, layers, before, after):
 def by_hand(plan, thetas, fishers, **options):
     """Merge by Fishers as the plan says.
 
-    A source that is used twice counts once in its model's scale, and one that is copied does not.
+    A source that is used twice counts once in its model's scale; a part by itself does not.
     """
     weighed = [parts for parts in plan.values() if len(parts) > 1]
     used = {m: list(dict.fromkeys(n for ps in weighed for i, n, _ in ps if i == m)) for m in

@@ -55,7 +55,7 @@ class Builder:
         # Layers that share their inputs are merged together, under the first one's name.
         self._first: dict[object, str] = {}
         for name, way in decision.ways.items():
-            key = _inputs_of(way)
+            key = None if way.is_copy else _inputs_of(way)
             if key is not None:
                 self._first[key] = min(name, self._first.get(key, name))
 
@@ -69,7 +69,8 @@ class Builder:
                 target=first.tensor.name,
                 pieces=tuple((s.sources[0].tensor.name, self._merge(s)) for s in pieces),
             )
-        if slot.name in self._decision.ways:
+        way = self._decision.ways.get(slot.name)
+        if way is not None and not way.is_copy:
             return self._merge(slot)
         dtype = self._dtype(slot) if slot.is_floating else slot.weight.force_dtype
         (theta,) = self._thetas(slot, [self._decision.source_of(slot)], slot.name)

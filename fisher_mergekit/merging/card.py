@@ -197,7 +197,7 @@ def _remarks(
 ) -> Iterator[str]:
     """Say of the output's tensors which were merged how."""
     method = METHODS[config.merge_method]
-    ways = Counter(way.kind for way in decision.ways.values())
+    ways = Counter(way.kind for way in decision.ways.values() if not way.is_copy)
     own_first = sorted(ways.keys() - {IDENTITY}, key=lambda k: (k != method.kind, k))
     merged = [
         f"{ways[kind]:,} by {'`fisher` and the prior' if kind == PRIOR_KIND else _code(kind)}"

@@ -188,7 +188,8 @@ def decide(
     given = problems.of(sidecars.given_paths(config))
     remedies = Remedies(given)
     bases = problems.of(priors.base_sources(merged, resolved, config, files))
-    weighed = [slot for slot in merged if is_weighed(slot, resolved[slot.name], bases)]
+    shared = [slot for slot in merged if len(slot.sources) > 1 or slot.name in bases]
+    weighed = [slot for slot in shared if is_weighed(slot, resolved[slot.name], bases)]
     tried = {s.name: keys_tried(s, resolved[s.name], method, bases) for s in weighed}
     wanted = dict.fromkeys(chain.from_iterable(chain.from_iterable(tried.values())))
     sources = by_model(source for slot in weighed for source in slot.sources)
@@ -207,8 +208,8 @@ def decide(
     pieces: dict[str, tuple[Slot, ...]] = {}
     if any(sidecar.measurement.factors for sidecar in opened.values()):
         pieces = with_pieces(weighed)
-        weighed = [piece for slot in weighed for piece in pieces.get(slot.name, (slot,))]
+        shared = [piece for slot in shared for piece in pieces.get(slot.name, (slot,))]
         resolved |= {p.name: resolved[name] for name, made in pieces.items() for p in made}
-    ways, told = choose(weighed, resolved, method, opened, remedies, bases)
-    scales = {} if told else scales_of(weighed, ways, opened)
+    ways, told = choose(shared, resolved, method, opened, remedies, bases)
+    scales = {} if told else scales_of(shared, ways, opened)
     return Decision(ways, resolved, scales, pieces, opened), [*problems, *told]

@@ -49,6 +49,11 @@ class Way:
     has_base: bool = False
 
     @property
+    def is_copy(self) -> bool:
+        """Whether only one source counts, which is then copied, whatever was measured of it."""
+        return len(self.sources) == 1
+
+    @property
     def factors(self) -> list[Factors | None]:
         """Each source's factors; None for one that has none of its own."""
         return [factors_of(*pair) for pair in zip(self.sidecars, self.sources, strict=True)]
@@ -65,8 +70,8 @@ class Decision:
     """How everything is merged.
 
     Attributes:
-        ways: of what is merged of several sources, by the tensor's name: the output's, or a
-            piece's of it. What has only one is copied.
+        ways: of what several models have a part in, by the tensor's name: the output's, or a
+            piece's of it. Anything else is copied.
         settings: likewise.
         scales: each precision's root mean square over everything that is merged by its kind.
         pieces: of outputs that are put together from merged pieces, those, by the output's name.
@@ -81,9 +86,9 @@ class Decision:
 
     def copied_from(self, slot: Slot) -> ModelReference | None:
         """Return the one model that an output tensor is a copy of; None for any other tensor."""
-        if not slot.is_merged or slot.name in self.ways or slot.name in self.pieces:
-            return None
-        return self.source_of(slot).model
+        way = self.ways.get(slot.name)
+        is_copy = slot.name not in self.pieces if way is None else way.is_copy
+        return self.source_of(slot).model if slot.is_merged and is_copy else None
 
     def source_of(self, slot: Slot) -> Source:
         """Return the first source that counts; of what is not merged, the first."""
@@ -100,10 +105,7 @@ def counting_models(
 
 
 def is_weighed(slot: Slot, settings: TensorSettings, bases: Mapping[str, Source]) -> bool:
-    """Whether an output tensor has more than one source that counts.
-
-    Otherwise it is a copy of that source, as in a slice of one model, whatever was measured.
-    """
+    """Whether an output tensor has more than one source that counts, and is no copy of one."""
     return len(settings.counting) > 1 or slot.name in bases
 
 
@@ -151,10 +153,10 @@ def choose(
     """Choose each output tensor's way.
 
     Args:
-        merged: the output tensors that are merged of several sources, complete.
+        merged: the output tensors that several models have a part in, complete.
         resolved: the settings of each, by name.
         method: the recipe's.
-        opened: all sidecars by which they may be merged.
+        opened: all sidecars by which they may be merged; of copies, those that are there.
         remedies: for messages.
         bases: the base's tensors, where it is a prior.
 
@@ -175,7 +177,7 @@ def choose(
                 problems.append(_half(slot, way, described, remedies))
                 break
             if any(way.factors):
-                if any(source.is_made for source in way.sources):
+                if not way.is_copy and any(source.is_made for source in way.sources):
                     converted[slot.name] = slot
                     break
                 problem = _unlike(slot, way, remedies)
@@ -201,7 +203,8 @@ def choose(
 def scales_of(merged: Sequence[Slot], ways: Mapping[str, Way], opened: Opened) -> dict[Key, float]:
     """Return each precision's root mean square over everything that is merged by its kind.
 
-    A source that several outputs share is one tensor of the model, and counts once; so does one
+    Tensors in which several models have a part count, also with a lambda of 0: it makes no leap. A
+    source that several outputs share is one tensor of the model, and counts once; so does one
     that the files hold under two names. The scale is that of the tensors in the files, whatever is
     made of them. It is 1 for a sidecar that describes nothing of what is merged.
     """
@@ -239,6 +242,8 @@ def _candidates(
     all_sources = sources if base is None else (*sources, base)
     ways = [Way(IDENTITY, all_sources, has_base=base is not None)]
     for keys in keys_tried(slot, settings, method, bases):
+        if not opened.keys() >= set(keys):
+            continue  # a copy, of a model that is weighed against no other
         own = tuple(opened[key] for key in keys)
         kind = keys[-1][1]  # with a base, `prior`
         ways.append(Way(kind, all_sources, keys, own, has_base=base is not None))

@@ -141,16 +141,21 @@ def test_two_kinds_are_two_rows(tmp_path):
 
 
 def test_a_gram_has_no_estimator_and_who_has_lambda_0_no_provenance(tmp_path):
-    a, b = (make_described(tmp_path / name, "llama", seed=s) for s, name in enumerate("ab"))
-    for made in (a, b):
-        retell(made.folder, estimator="none", unit="none", likelihood="none")
-    text = merged_card(
-        recipe_of(a.folder, b.folder, method="regmean", lambdas=[1, 0]), tmp_path / "out"
-    )
+    made = [make_described(tmp_path / name, "llama", seed=s) for s, name in enumerate("abc")]
+    a, b, c = (m.folder for m in made)
+    for folder in (a, b, c):
+        retell(folder, estimator="none", unit="none", likelihood="none")
+    recipe = recipe_of(a, b, c, method="regmean", lambdas=[1, 2, 0])
+    text = merged_card(recipe, tmp_path / "out")
     assert table(text)[1:] == [
-        [f"`{a.folder}`", "1", "`gram`", NOTHING, NOTHING, "8", "64", "`made-up`", NOTHING],
-        [f"`{b.folder}`", "0", *[NOTHING] * 7],
+        [f"`{a}`", "1", "`gram`", NOTHING, NOTHING, "8", "64", "`made-up`", NOTHING],
+        [f"`{b}`", "2", "`gram`", NOTHING, NOTHING, "8", "64", "`made-up`", NOTHING],
+        [f"`{c}`", "0", *[NOTHING] * 7],
     ]
+    text = merged_card(recipe_of(a, b, method="regmean", lambdas=[1, 0]), tmp_path / "copy")
+    assert "Each tensor is a copy of one model's." in text
+    assert remarks(text)[0] == "Merged tensors: none."
+    assert remarks(text)[1] == f"Copied tensors, merged with no other: 21 of `{a}`."
 
 
 def test_a_prior_is_named(tmp_path):
@@ -195,7 +200,12 @@ def test_slices_are_counted_once_a_tensor(tmp_path):
     recipe["slices"] = [{"sources": both}, {"sources": both[:1]}]
     text = merged_card(recipe, tmp_path / "out")
     assert [row[0] for row in table(text)[1:]] == [f"`{a}`", f"`{b}`"]
-    assert remarks(text)[0] == f"Merged tensors: {len(read(tmp_path / 'out'))} by `fisher`."
+    copied = 11  # a layer's, and what comes behind the last
+    both = len(read(tmp_path / "out")) - copied
+    assert remarks(text)[:2] == [
+        f"Merged tensors: {both} by `fisher`.",
+        f"Copied tensors, merged with no other: {copied} of `{a}`.",
+    ]
 
 
 @pytest.mark.slow

@@ -169,10 +169,9 @@ def test_sliced_recipe_takes_statistics_from_the_source_layer(pair, tmp_path):
         ],
     }
     found = merged(recipe, tmp_path)
-    scales = [merge_oracle.scale(fisher_a, list(theta_a)), 0.0]
     loose = ["model.embed_tokens.weight"]  # joins the first slice's models, others the last's
-    used_b = [n for n in theta_b if ".layers." in n] + loose
-    scales[1] = merge_oracle.scale(fisher_b, used_b)
+    met = [n for n in theta_b if ".layers." in n] + loose
+    scales = [merge_oracle.scale(fisher, met) for fisher in (fisher_a, fisher_b)]
 
     expected = {n: theta_a[n] for n in ("model.norm.weight", "lm_head.weight")}
     expected[loose[0]] = merge_oracle.merge_tensor(
