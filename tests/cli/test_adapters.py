@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers
 from adapters import make_adapter
+from factors import Described, merged_model
 from models import make_model, read, rewrite
 from oracles import assert_same_fishers
 from peft import PeftModel
@@ -227,6 +228,25 @@ class TestAModelWithAnAdapter:
         process, out = mergekit_yaml(content, tmp_path / "m", "--lora-merge-cache", cache)
         assert process.returncode == 0, process.stderr
         assert_close(read(out), merge_oracle.merge(thetas, fishers, [0.7, 0.3], list(thetas[0])))
+
+    @pytest.mark.parametrize(("method", "kind"), [("regmean", "gram"), ("mats", "kfac")])
+    def test_merged_by_factors(self, pair, bert, data, tmp_path, method, kind):
+        references, adapters = pair
+        content = tiny_recipe(references) | {"merge_method": method}
+        content["calibration"] = {"path": str(data), "text": "text"}
+        cache = ("--lora-merge-cache", str(tmp_path / "cache"))
+        made = []
+        process, _ = mergekit_yaml(content, tmp_path / "m", *cache)
+        assert process.stderr.count("there is no sidecar at") == 2
+        succeed(tmp_path / "m" / "recipe.yml", *cache)
+        for adapter in adapters:
+            sidecar = Sidecar(adapter / f"sidecar-{bert.name}", kind)
+            stored = {name: sidecar.load(name) for name in sidecar}
+            thetas = self.by_hand(bert, adapter)
+            made.append(Described(adapter, kind, thetas, sidecar.measurement.factors, stored))
+        process, out = mergekit_yaml(content, tmp_path / "m", *cache)
+        assert process.returncode == 0, process.stderr
+        assert_close(read(out), merged_model(made, [0.7, 0.3]), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.slow
     def test_a_merge_with_another_base_is_refused(self, pair, bert, data, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from factors import make_described
+from factors import make_described, merged_model
 from mergekit import multigpu_executor
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
@@ -252,6 +252,17 @@ class TestCrimes:
         assert_close(found, merge_oracle.merge(thetas, fishers, [1, 2], list(thetas[0])))
         config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
         assert config.model_type == first
+
+    @pytest.mark.parametrize(("method", "kind"), [("regmean", "gram"), ("mats", "kfac")])
+    def test_by_factors(self, relatives, tmp_path, method, kind):
+        made = [
+            make_described(tmp_path / f"described-{name}", name, kind, seed=seed)
+            for seed, name in enumerate(("llama", "mistral"))
+        ]
+        folders = [m.folder for m in made]
+        recipe = recipe_of(*folders, method=method, lambdas=[1, 2], base_model=str(folders[0]))
+        found = merged(recipe, tmp_path / "out", allow_crimes=True)
+        assert_close(found, merged_model(made, [1, 2]), rtol=1e-4, atol=1e-4)
 
     def test_not_unasked(self, relatives, tmp_path):
         """By mergekit itself."""
