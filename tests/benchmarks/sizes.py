@@ -13,19 +13,18 @@ counts; CPU time leaves out what waits for other programs. `cold` is after the s
 forget the files (`posix_fadvise`): of the rounds' ratios of the times on the wall the median, and
 beside it the ratio of the fastest rounds; seconds are medians, too. A disk has no fastest time that
 is its own: a virtual one's host may have in its memory what it is asked for. `read` is how many
-times linear's bytes a Fisher merge reads. Before each merge as much free memory as it needs is used
-once: a virtual machine may have to get it from its host first, which takes longer than the disk.
-Memory is the most that a process held at any moment of a merge that is not timed above what it had
-before (`RssAnon`: without mapped files, which the system takes back when it needs room), and
-`tensor` one float32 copy of the largest tensor. The output is written in shards of `--shard` bytes,
-which mergekit collects in memory.
+times linear's bytes a Fisher merge reads. Before each merge free memory is filled with a cached
+file, as on a machine that has been in use: a virtual one gives free memory back to its host, and
+waits longer for it than for the disk. Memory is the most that a process held at any moment of a
+merge that is not timed above what it had before (`RssAnon`: without mapped files, which the system
+takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
+written in shards of `--shard` bytes, which mergekit collects in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -232,30 +231,31 @@ def forget(folder: Path) -> None:
 
 
 def remember(folders: Sequence[Path]) -> None:
-    """Have the system read all files in order, as it will map them in large pages."""
-    for file in (file for folder in folders for file in folder.rglob("*.safetensors")):
+    """Have the system read all files in order, as it will map them in large pages.
+
+    Twice: it prefers them then to what is read once, such as the file that fills its memory.
+    """
+    found = [file for folder in folders for file in folder.rglob("*.safetensors")]
+    for file in [*{file.stat().st_ino: file for file in found}.values()] * 2:
         with file.open("rb", buffering=0) as stream:
             while stream.read(1 << 24):
                 pass
 
 
-def give_memory(size: int) -> None:
-    """Have free memory used by a process that ends; what is cached stays there.
+def fill_memory(holes: Path, size: int) -> None:
+    """Fill free memory with so many bytes of a file of holes.
 
-    No more than is needed: some seconds later it is given back, and that takes time, too.
+    A virtual machine gives memory that is free for some seconds back to its host, and to get it
+    again takes longer than to read the disk. Cached files stay, and make room at once.
     """
-    size = min(size, psutil.virtual_memory().free * 9 // 10)
-    process = PROCESSES.Process(target=_use, args=(size,))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit("there is less memory than the system says")
-
-
-def _use(size: int) -> None:
-    memory = mmap.mmap(-1, size)
-    for page in range(0, size, mmap.PAGESIZE):
-        memory[page] = 1
+    with holes.open("ab") as file:
+        file.truncate(size)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with holes.open("rb") as file:
+        start = 0
+        while start < size:
+            start += os.sendfile(nowhere, file.fileno(), start, size - start)
+    os.close(nowhere)
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,10 @@ def merge_alone(
     process = PROCESSES.Process(target=_merge, args=given)
     os.sync()  # what an earlier merge has written
     if not options.smoke:  # other tests need it, too
-        read = [*models, *(model / "sidecar" for model in models if method == "fisher")]
-        give_memory(4 * total(models[:1]) + (2 << 30) + (total(read, once=True) if cold else 0))
+        read = [*models, *(model / "sidecar" for model in models)]
+        kept, needed = total(read, once=True), 4 * total(models[:1]) + (2 << 30)
+        room = psutil.virtual_memory().available * 8 // 10 - (0 if cold else kept)
+        fill_memory(out.with_name("holes"), max(0, min(room, needed + (kept if cold else 0))))
     process.start()
     theirs.close()
     try:
