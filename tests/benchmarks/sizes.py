@@ -243,7 +243,7 @@ def remember(folders: Sequence[Path]) -> None:
 
 
 def fill_memory(holes: Path, size: int) -> None:
-    """Fill free memory with so many bytes of a file of holes.
+    """Fill free memory with so many bytes of a file of holes: all of it, or it is used first.
 
     A virtual machine gives memory that is free for some seconds back to its host, and to get it
     again takes longer than to read the disk. Cached files stay, and make room at once.
@@ -283,9 +283,9 @@ def merge_alone(
     os.sync()  # what an earlier merge has written
     if not options.smoke:  # other tests need it, too
         read = [*models, *(model / "sidecar" for model in models)]
-        kept, needed = total(read, once=True), 4 * total(models[:1]) + (2 << 30)
-        room = psutil.virtual_memory().available * 8 // 10 - (0 if cold else kept)
-        fill_memory(out.with_name("holes"), max(0, min(room, needed + (kept if cold else 0))))
+        cached = 0 if cold else total(read, once=True)
+        room = psutil.virtual_memory().available * 95 // 100 - cached
+        fill_memory(out.with_name("holes"), max(0, room))
     process.start()
     theirs.close()
     try:
