@@ -29,7 +29,7 @@ ITEM_BYTES = {
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
 DIGEST_WHOLE = 1 << 20
-DIGEST_BLOCKS = 64
+DIGEST_BLOCKS = 16
 DIGEST_BLOCK = 4096
 """A tensor's digest covers all bytes up to `DIGEST_WHOLE`, and of a larger tensor `DIGEST_BLOCKS`
 evenly spaced blocks of `DIGEST_BLOCK` bytes: checking a 70B model must not mean reading it."""
