@@ -107,10 +107,8 @@ class ModelFiles(Mapping[str, TensorInfo]):
 
     @property
     def parameters(self) -> Sequence[str]:
-        """The parameters' names in the files; of a class not in transformers, all that may be."""
-        if self.layout is not None:
-            return self.layout.parameters
-        return [name for name, info in self.items() if info.is_floating]
+        """The parameters' names in the files; none of a class that is not in transformers."""
+        return () if self.layout is None else self.layout.parameters
 
     def find(self, weight: WeightInfo) -> Stored | None:
         """Return the tensor that is merged for a weight, without reading it.

@@ -192,7 +192,7 @@ def decide(
     weighed = [slot for slot in shared if is_weighed(slot, resolved[slot.name], bases)]
     tried = {s.name: keys_tried(s, resolved[s.name], method, bases) for s in weighed}
     wanted = dict.fromkeys(chain.from_iterable(chain.from_iterable(tried.values())))
-    sources = by_model(source for slot in weighed for source in slot.sources)
+    sources = by_model(source for slot in shared for source in slot.sources)  # all that scales take
     names = {key: part_names(sources[key[0]]) for key in wanted if key[1] != PRIOR_KIND}
     opened = problems.of(sidecars.open_all(names, files, remedies))
     if bases:

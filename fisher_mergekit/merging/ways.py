@@ -264,7 +264,7 @@ def _is_table(sidecar: Sidecar, source: Source) -> bool:
     factors = factors_of(sidecar, source)
     if factors is None:
         return False
-    return len(sidecar[factors.inputs].shape) < len(source.tensor.shape)
+    return len(sidecar[factors.inputs].shape) < len(source.tensor.parts[0].shape)
 
 
 def _is_again(sidecar: Sidecar, name: str, twins: Iterable[str], measured: Iterable[str]) -> bool:

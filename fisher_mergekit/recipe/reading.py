@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.config import ConditionalParameter, MergeConfiguration
 from pydantic import ValidationError
 
 from fisher_mergekit.errors import PlanningError, RecipeError, nearest
@@ -66,12 +66,13 @@ def read_recipe(path: Path) -> Recipe:
     problems = [*dropped_keys(config, written), *parameter_problems(config)]
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
+    prior = _prior(config)
     models = [
-        _model(reference, found, content.get("calibration"), where=str(path))
+        _model(reference, found, content.get("calibration"), prior, where=str(path))
         for reference, found in _by_model(config, content).items()
     ]
-    if base := _prior(config, content, [model.reference for model in models], where=str(path)):
-        models.append(base)
+    if prior is not None and all(model.reference != prior for model in models):
+        models.append(_unlisted(prior, config, content, where=str(path)))
     return Recipe(kinds_of(config), tuple(models))
 
 
@@ -101,8 +102,8 @@ def _may_be_true(settings: Sequence[Any]) -> bool:
         values = values_of(setting)
         if any(values):
             return True
-        if setting is not None and not isinstance(setting, list):  # filters let others through
-            return False
+        if not (setting is None or isinstance(setting, (list, ConditionalParameter))):
+            return False  # filters let others through
     return False
 
 
@@ -121,6 +122,7 @@ def _model(
     reference: ModelReference,
     found: Sequence[Block],
     defaults: Mapping[str, Any] | None,
+    prior: ModelReference | None,
     *,
     where: str,
 ) -> RecipeModel:
@@ -145,7 +147,7 @@ def _model(
     calibration = read_calibration(
         defaults, said["calibration"], where=f"{where}: calibration of {reference}"
     )
-    is_copied = all(map(_is_copy, found))
+    is_copied = reference != prior and all(map(_is_copy, found))
     return RecipeModel(reference, calibration, Path(sidecar) if sidecar else None, is_copied)
 
 
@@ -156,21 +158,18 @@ def kinds_of(config: MergeConfiguration) -> tuple[str, ...]:
     return tuple(dict.fromkeys([own, *(word for word in named if word in get_args(Kind))]))
 
 
-def _prior(
-    config: MergeConfiguration,
-    content: Mapping[str, Any],
-    listed: Sequence[ModelReference],
-    *,
-    where: str,
-) -> RecipeModel | None:
-    """Return base_model, if its Fisher is a prior and it is none of the models."""
-    given = config.parameters or {}
-    sidecar = given.get("prior_sidecar")
+def _prior(config: MergeConfiguration) -> ModelReference | None:
+    """Return base_model, if its Fisher is a prior of anything."""
     if config.base_model is None or not any(shared_values(config, "prior")):
         return None
-    base = measured_as(config.base_model)
-    if base in listed:
-        return None
+    return measured_as(config.base_model)
+
+
+def _unlisted(
+    base: ModelReference, config: MergeConfiguration, content: Mapping[str, Any], *, where: str
+) -> RecipeModel:
+    """Return the base of a prior that is none of the models."""
+    sidecar = (config.parameters or {}).get("prior_sidecar")
     calibration = read_calibration(content.get("calibration"), where=f"{where}: calibration")
     return RecipeModel(base, calibration, Path(sidecar) if isinstance(sidecar, str) else None)
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 import yaml
 from factors import factors_of, make_described, mean, merged_matrix, scale
-from models import make_measured, make_model, random_fishers, read, write_fishers
+from models import make_measured, make_model, random_fishers, read, rewrite, write_fishers
 from precomputing import fisher_of, refuse, succeed
-from running import assert_close, merged
+from running import assert_close, merged, recipe_of
 from slicing import at_layer, by_hand, piece, plan_of, sliced
 
 from fisher_mergekit.errors import PlanningError
@@ -256,6 +256,18 @@ def test_what_was_measured_differently_is_compared_where_it_is_merged(deep, tmp_
         merged(sliced(*slices), tmp_path / "refused")
 
 
+def test_what_a_scale_is_taken_of_is_checked(tmp_path):
+    """Also where a lambda of 0 leaves one model, whose tensor is copied."""
+    folders = [make_measured(tmp_path / n, "llama", seed=s)[0] for s, n in enumerate("ab")]
+    layer = [{"filter": "layers.0.", "value": 0}, {"value": 1}]
+    recipe = recipe_of(*folders, lambdas=[1, layer])
+    assert merged(recipe, tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folders[0], {**read(folders[0]), name: read(folders[0])[name] + 1})
+    with pytest.raises(PlanningError, match=f"other weights .digest of {name} differs"):
+        merged(recipe, tmp_path / "refused")
+
+
 @pytest.mark.parametrize("method", ["regmean", "mats"])
 def test_a_copied_model_needs_no_factors(tmp_path, method):
     other = make_model(tmp_path / "other", "llama", seed=5)
@@ -346,8 +358,12 @@ class TestMeasured:
         top = {"base_model": str(a), "parameters": {"prior": True}, "calibration": calibration}
         recipe = self.write(tmp_path, sliced(slices[0], **top))
         assert "Measured 0 of 2 models" in succeed(recipe)
+        slices[0]["parameters"] = {"prior": {"filter": "mlp", "value": False}}
+        assert "only copied, nothing" not in succeed(self.write(tmp_path, sliced(*slices, **top)))
         slices[0]["parameters"] = {"prior": False}
         assert f"{other} is only copied" in succeed(self.write(tmp_path, sliced(*slices, **top)))
+        top["base_model"] = str(other)  # which is the prior, too
+        assert "only copied, nothing" not in succeed(self.write(tmp_path, sliced(*slices, **top)))
 
     def test_two_ways_of_measuring_one_model(self, pair, calibration, tmp_path):
         a, _ = pair
