@@ -265,16 +265,13 @@ def test_a_frankenmerge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [len(pair) for pair in layers] == [1] * 4 + [2] * 4 + [1] * 6
     of = {"./news-llm": news, "./code-llm": code}
     found = read(Path("merged"))
-    used: dict[Input, list[str]] = {news: ["model.embed_tokens.weight"], code: []}
-    used[code] += ["model.norm.weight", "lm_head.weight"]
-    expected = {name: one.weights[name] for one, names in used.items() for name in names}
+    alone = {news: ["model.embed_tokens.weight"], code: ["model.norm.weight", "lm_head.weight"]}
+    expected = {name: one.weights[name] for one, names in alone.items() for name in names}
     pattern = re.compile(r"layers\.(\d+)\.")
     kinds = sorted({pattern.sub("layers.{}.", n) for n in news.weights if "layers." in n})
-    for pair in layers:
-        for model, layer in pair:
-            used[of[model]] += [
-                n.format(layer) for n in kinds if n.format(layer) not in used[of[model]]
-            ]
+    used: dict[Input, list[str]] = {news: [], code: []}
+    for model, layer in itertools.chain.from_iterable(pair for pair in layers if len(pair) == 2):
+        used[of[model]] += [n.format(layer) for n in kinds]
     scales = {one: scale(one.sidecar("fisher"), names) for one, names in used.items()}
     for out, pair in enumerate(layers):
         for name in kinds:
