@@ -56,9 +56,11 @@ def test_slices_take_the_tokens_of_their_models(speakers, tmp_path):
     }
     found = merged(content, tmp_path / "out")
     tokens = tokens_of(tmp_path / "out")
-    # A model's scale is that of what is merged of it: of a its second layer, norm and head are not.
-    used = {n: f for n, f in a.fishers.items() if n == EMBEDDING or ".layers.0." in n}
-    merged_of = [replace(a, fishers=used), b]
+    # A model's scale is that of what is merged of it: second layers, norms and heads are not.
+    merged_of = [
+        replace(s, fishers={n: f for n, f in s.fishers.items() if n == EMBEDDING or ".0." in n})
+        for s in (a, b)
+    ]
     tables, own = rows(merged_of, EMBEDDING, tokens, a)
     embedding = fisher_rows(tables, own, merged_of, EMBEDDING, tokens, [1, 1])
     assert_close({EMBEDDING: found[EMBEDDING]}, {EMBEDDING: embedding})
