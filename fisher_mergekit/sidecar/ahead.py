@@ -14,9 +14,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-BEHIND = 1 << 25
+BEHIND = 1 << 26
 """Bytes behind a tensor that are read with it: files have tensors in their names' order, in which
 they are merged, too."""
+AT_ONCE = 1 << 23
+"""Bytes that are read at a time, before it is looked at what has been asked for meanwhile."""
 ADVISED = 1 << 17
 """Bytes that Linux may read ahead at once; it cuts longer advice down to its own limit."""
 CRUMB = 1 << 16
@@ -77,10 +79,11 @@ def _advise(file: Path, pieces: Sequence[tuple[int, int]], advice: str) -> None:
 
 
 class Stream:
-    """One file whose tensors are taken mostly in order.
+    """One file whose tensors are taken mostly in order, from any thread.
 
-    A thread of its own reads what comes next. That is quicker than advice to the system, which
-    reads what it is advised to in the smallest pages: they take longer to read, and to map.
+    A thread of its own reads what comes next, until it is as far as it was asked to be. That is
+    quicker than advice to the system, which reads what it is advised to in the smallest pages: they
+    take longer to read, and to map.
 
     Args:
         file: a file; it is opened only when something is read.
@@ -88,31 +91,45 @@ class Stream:
 
     def __init__(self, file: Path):
         self._file = file
-        self._asked = 0
+        self._lock = threading.Lock()
+        self._begin = self._end = 0  # what is still to be read
+        self._is_reading = False
 
     def ask_for(self, start: int, stop: int) -> None:
         """Have these bytes read and up to `BEHIND` more, at least half of that at a time."""
-        begin, end = max(start, self._asked), stop + BEHIND
-        if end - begin < BEHIND // 2:
-            return
-        self._asked = end
-        if not _is_cached(self._file, end):
-            with contextlib.suppress(RuntimeError):  # as many threads as there may be
-                threading.Thread(target=_pull, args=(self._file, begin, end), daemon=True).start()
-
-
-def _pull(file: Path, begin: int, end: int) -> None:
-    """Read bytes to nowhere: the system keeps them, and this process needs no memory for them."""
-    with contextlib.suppress(OSError, AttributeError), descriptor_of(file) as source:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with self._lock:
+            end = stop + BEHIND
+            if end - max(start, self._end) < BEHIND // 2:
+                return
+            self._begin, self._end = max(start, self._begin), end
+            if self._is_reading:
+                return
+            if _is_cached(self._file, end):
+                self._begin = end
+                return
+            self._is_reading = True
         try:
-            while begin < end:
-                done = os.sendfile(nowhere, source, begin, end - begin)
-                if not done:
-                    return
-                begin += done
-        finally:
-            os.close(nowhere)
+            threading.Thread(target=self._read, daemon=True).start()
+        except RuntimeError:  # as many threads as there may be
+            self._is_reading = False
+
+    def _read(self) -> None:
+        """Read to nowhere: the system keeps it, and this process needs no memory for it."""
+        with contextlib.suppress(OSError, AttributeError), descriptor_of(self._file) as source:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                while piece := self._next():
+                    os.sendfile(nowhere, source, *piece)
+            finally:
+                os.close(nowhere)
+
+    def _next(self) -> tuple[int, int] | None:
+        """Take the offset and the size of what to read next; None once there is nothing."""
+        with self._lock:
+            offset, size = self._begin, min(AT_ONCE, self._end - self._begin)
+            self._is_reading = size > 0
+            self._begin += size
+        return (offset, size) if size > 0 else None
 
 
 def _is_cached(file: Path, end: int) -> bool | None:

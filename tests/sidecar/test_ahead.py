@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,42 +19,83 @@ MIB = 1 << 20
 PIECES = [(0, 4096), (70_000, 100), (300_000, 200_000), (900_000, 1)]
 
 
-class Now:
-    """A thread that does its work as it is started."""
+class Disk:
+    """What is read of a file, (begin, end), by threads that do their work when it is their turn."""
 
-    def __init__(self, target, args, daemon):  # type: ignore[no-untyped-def]
-        self.start = lambda: target(*args)
+    def __init__(self, patch: pytest.MonkeyPatch, tmp_path: Path):
+        self.read: list[tuple[int, int]] = []
+        self.threads: list[Callable[[], None]] = []
+        self.is_cached = False
+        (tmp_path / "a").touch()
+        self.stream = ahead.Stream(tmp_path / "a")
+        patch.setattr(ahead, "_is_cached", lambda *_: self.is_cached)
+        patch.setattr(os, "sendfile", self._sendfile)
+        patch.setattr(threading, "Thread", self._thread)
+
+    def _sendfile(self, out: int, source: int, offset: int, count: int) -> int:
+        assert count <= ahead.AT_ONCE
+        last = self.read.pop() if self.read and self.read[-1][1] == offset else (offset, offset)
+        self.read.append((last[0], offset + count))
+        return count
+
+    def _thread(self, *, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: self.threads.append(target))
+
+    def turn(self) -> None:
+        """Let the threads do their work."""
+        while self.threads:
+            self.threads.pop()()
 
 
-def asked_for(tensors: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Take tensors of one file, (start, stop); return all that has been asked for after each."""
-    asked: list[tuple[int, int]] = []
-    found = []
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Disk:
+    return Disk(monkeypatch, tmp_path)
+
+
+@given(taken=st.lists(st.tuples(st.integers(1, 80), st.booleans()), min_size=1, max_size=40))
+def test_tensors_in_order_are_read_once_and_half_a_window_before(
+    taken: list[tuple[int, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "_is_cached", lambda *_: False)
-        patch.setattr(ahead, "_pull", lambda _, begin, end: asked.append((begin, end)))
-        patch.setattr(threading, "Thread", Now)
-        stream = ahead.Stream(Path("a"))
-        for start, stop in tensors:
-            stream.ask_for(start, stop)
-            found.append(list(asked))
-    return found
+        disk = Disk(patch, tmp_path_factory.mktemp("disk"))
+        stop = begun = 0
+        for size, is_quick in taken:  # a slow disk's thread is still reading when the next is taken
+            start, stop = stop, stop + size * MIB
+            disk.stream.ask_for(start, stop)
+            begun += len(disk.threads) if is_quick else 0
+            if is_quick:
+                disk.turn()
+                begin, end = disk.read[-1]
+                assert begin <= start
+                assert stop + ahead.BEHIND // 2 <= end <= stop + ahead.BEHIND
+            assert len(disk.threads) <= 1
+    assert all(last[1] < next_[0] for last, next_ in pairwise(disk.read))
+    assert begun <= 1 + stop // (ahead.BEHIND // 2)  # not one by one
 
 
-@given(sizes=st.lists(st.integers(1, 80), min_size=1, max_size=40))
-def test_tensors_in_order_are_asked_for_once_and_half_a_window_before(sizes: list[int]) -> None:
-    stops = [sum(sizes[: i + 1]) * MIB for i in range(len(sizes))]
-    asked = asked_for(list(zip([0, *stops], stops, strict=False)))
-    for (*_, (_, end)), stop in zip(asked, stops, strict=True):
-        assert stop + ahead.BEHIND // 2 <= end <= stop + ahead.BEHIND
-    begins, ends = zip(*asked[-1], strict=True)
-    assert begins == (0, *ends[:-1])
-    assert len(begins) <= 1 + stops[-1] // (ahead.BEHIND // 2)  # not one by one
+def test_a_tensor_far_behind_is_read_without_what_lies_between(disk: Disk) -> None:
+    disk.stream.ask_for(0, MIB)
+    disk.turn()
+    disk.stream.ask_for(900 * MIB, 901 * MIB)
+    disk.turn()
+    assert disk.read == [(0, MIB + ahead.BEHIND), (900 * MIB, 901 * MIB + ahead.BEHIND)]
 
 
-def test_a_tensor_far_behind_is_asked_for_without_what_lies_between() -> None:
-    asked = asked_for([(0, MIB), (900 * MIB, 901 * MIB)])
-    assert asked[-1] == [*asked[0], (900 * MIB, 901 * MIB + ahead.BEHIND)]
+def test_a_thread_that_is_overtaken_leaves_out_what_has_been_taken(disk: Disk) -> None:
+    disk.stream.ask_for(0, 10 * MIB)
+    disk.stream.ask_for(900 * MIB, 901 * MIB)
+    disk.turn()
+    assert disk.read == [(900 * MIB, 901 * MIB + ahead.BEHIND)]
+
+
+def test_what_is_in_the_cache_is_not_read(disk: Disk) -> None:
+    disk.is_cached = True
+    disk.stream.ask_for(0, MIB)
+    assert not disk.threads
+    disk.is_cached = False
+    disk.stream.ask_for(MIB, 100 * MIB)
+    disk.turn()
+    assert disk.read == [(MIB + ahead.BEHIND, 100 * MIB + ahead.BEHIND)]
 
 
 def test_where_no_more_threads_can_be_had_nothing_is_read_ahead(
@@ -65,26 +109,22 @@ def test_where_no_more_threads_can_be_had_nothing_is_read_ahead(
 
 
 @pytest.mark.skipif(not hasattr(os, "sendfile"), reason="it is done by sendfile")
-def test_all_bytes_are_read_and_a_file_that_ends_or_is_not_there_is_nothing_to_tell_of(
+def test_a_file_that_ends_or_is_not_there_is_nothing_to_tell_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "a"
-    file.write_bytes(os.urandom(10_000))
-    read = []
-
-    def sendfile(out: int, source: int, offset: int, count: int) -> int:
-        done = real(out, source, offset, min(count, 1500))  # it may do less than it is asked to
-        read.extend(range(offset, offset + done))
-        return done
-
-    real = os.sendfile
-    monkeypatch.setattr(os, "sendfile", sendfile)
-    ahead._pull(file, 100, 7000)
-    assert read == list(range(100, 7000))
-    read.clear()
-    ahead._pull(file, 100, 1 << 40)
-    assert read == list(range(100, 10_000))
-    ahead._pull(tmp_path / "b", 0, 10)
+    (tmp_path / "a").write_bytes(os.urandom(10_000))
+    threads, read, thread, sendfile = [], [], threading.Thread, os.sendfile
+    monkeypatch.setattr(
+        threading, "Thread", lambda **given: threads.append(thread(**given)) or threads[-1]
+    )
+    monkeypatch.setattr(ahead, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(os, "sendfile", lambda *given: read.append(sendfile(*given)))
+    for name in ("a", "b"):
+        ahead.Stream(tmp_path / name).ask_for(100, 7000)
+    for begun in threads:
+        begun.join()
+    assert len(threads) == 2
+    assert sum(read) == 9_900
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no advice on this system")
