@@ -1,38 +1,22 @@
-"""What we rely on in mergekit: a new version of it should fail here first, with words.
+"""What we rely on mergekit to do: a new version of it should fail here, each on its own code alone.
 
-Names, signatures and fields are lists; behaviours are tests, each on mergekit's own code alone.
+Which names, fields and signatures we need is in `test_names.py`.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import mergekit
 import pytest
 import torch
-from mergekit import merge_methods
-from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
-from mergekit.common import ModelPath, ModelReference, dtype_from_name
-from mergekit.config import (
-    ConfigReader,
-    InputModelDefinition,
-    InputSliceDefinition,
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.base import (
-    InputContract,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-)
+from mergekit.merge_methods.base import InputContract, MergeMethod, ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions, ShardSizeParamType
 from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
@@ -43,125 +27,6 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 from models import make_model, read
 from running import recipe_of
 from tokenizers_of_words import SPECIAL, give_tokenizer
-
-import fisher_mergekit
-
-PACKAGE = Path(fisher_mergekit.__file__).parent
-
-NAMES = {
-    "mergekit.architecture": {
-        "ModelArchitecture": "which tensors a model of an architecture has",
-        "WeightInfo": "what a tensor is called in a model, and whether it may be missing",
-        "arch_info_for_config": "the description of the output, where architectures are mixed",
-    },
-    "mergekit.card": {"is_hf": "whether a path is linked to the Hub; asked for each model"},
-    "mergekit.common": {
-        "ModelPath": "a path or Hub name, and its revision",
-        "ModelReference": "a model of a recipe, perhaps with an adapter",
-        "dtype_from_name": "what `dtype:` means",
-        "get_config_value": "a value of a model's configuration, such as how many layers it has",
-        "set_config_value": "sets one, as mergekit does after a merge",
-    },
-    "mergekit.config": {
-        "ConditionalParameter": "one entry of a list of filters",
-        "ConfigReader": "the settings that hold for one output tensor",
-        "InputModelDefinition": "its keys beside `model`, to know others by",
-        "InputSliceDefinition": "likewise, in a slice",
-        "MergeConfiguration": "the recipe",
-        "OutputModuleDefinition": "one module of the output, in slices",
-        "OutputSliceDefinition": "some layers of the output, and which layers they come from",
-    },
-    "mergekit.graph": {"Task": "a node of the graph; ours are subclasses"},
-    "mergekit.io.tasks": {"LoaderCache": "where a model's files are"},
-    "mergekit.merge": {
-        "generate_card": "the function whose result is written as README.md; we wrap it here",
-        "run_merge": "one merge, in mergekit-yaml and in each stage of mergekit-multi",
-    },
-    "mergekit.merge_methods": {
-        "get": "the door through which methods are asked for",
-        "register": "adds a method by name",
-        "registered_methods": "those that are known",
-    },
-    "mergekit.merge_methods.base": {
-        "InputContract": "which inputs a method takes",
-        "MergeMethod": "the class of what is registered",
-        "MergeMethodSpec": "name, parameters and reference of a method",
-        "ParameterScope": "whether a parameter is a model's or the recipe's",
-        "ParameterSpec": "one parameter",
-        "TensorGroup": "what a kernel would get",
-    },
-    "mergekit.options": {
-        "MergeOptions": "the flags of the command",
-        "ShardSizeParamType": "sizes such as 5B, on the command line",
-    },
-    "mergekit.parameter_resolver": {"resolve_parameter": "one setting for one tensor"},
-    "mergekit.plan": {"MergePlanner": "walks over the tensors; `_plan` is the one method we wrap"},
-    "mergekit.tokenizer": {
-        "BuildTokenizer": "builds the output's tokenizer; we build it in planning",
-        "PermutedVocabulary": "brings the models' rows of tokens in one order",
-        "TokenizerInfo": "the tokenizer, and which row each model has of a token",
-    },
-    "mergekit.tokenizer.build": {
-        "get_stripped_tokenizer": "base_model's tokenizer, before tokens are added to it"
-    },
-    "mergekit.tokenizer.config": {
-        "ModelTokenEmbedding": "a token's row is that of another token",
-        "TokenEmbeddingConfig": "what a recipe says of one token",
-        "TokenizerConfig": "the keys of `tokenizer:`, to know misspelt ones by",
-        "ZeroEmbedding": "a token's row is zero",
-    },
-    "mergekit.tokenizer.truncate": {"TruncatedVocabulary": "cuts rows to the fewest"},
-    "mergekit.scripts.multimerge": {"main": "the command; its function's module tells it is run"},
-}
-"""By module, each name and what we need it for."""
-
-FIELDS = {
-    InputModelDefinition: "model parameters",
-    InputSliceDefinition: "model layer_range parameters",
-    MergeConfiguration: (
-        "merge_method base_model models slices modules parameters dtype out_dtype "
-        "tokenizer_source tokenizer"
-    ),
-    MergeOptions: (
-        "allow_crimes copy_tokenizer device lora_merge_cache lora_merge_dtype multi_gpu "
-        "out_shard_size quiet random_seed read_to_gpu transformers_cache trust_remote_code "
-        "unsafe_truncate_embeddings write_model_card"
-    ),
-    BuildTokenizer: "base_model referenced_models tokenizer_source add_tokens",
-    ModelPath: "path revision",
-    ModelReference: "model lora",
-    OutputModuleDefinition: "models slices parameters",
-    OutputSliceDefinition: "sources base_model parameters",
-    PermutedVocabulary: (
-        "gather_tensors tokenizer_task tokens pad_to_multiple_of base_model vocabulary_axis"
-    ),
-    TokenEmbeddingConfig: "source force",
-    TruncatedVocabulary: "gather_tensors weight_info",
-    WeightInfo: "name aliases tied_names optional force_dtype vocabulary_axis",
-}
-"""Fields that we read, by class."""
-
-CALLS = [
-    (MergePlanner._plan, "self"),
-    (MergePlanner.plan_tensor, "self weight weights_in models cfg_reader"),
-    (MergePlanner.normalize_config, "self"),
-    (MergePlanner.plan_to_disk, "self out_path"),
-    (MergePlanner.plan_in_memory, "self"),
-    (ConfigReader.parameter_sources, "self model"),
-    (resolve_parameter, "parameter settings tensor_name t model"),
-    (LoaderCache.get, "self model"),
-    (LoaderCache.setup, "self options"),
-    (ModelReference.config, "self trust_remote_code"),
-    (ModelReference.local_path, "self cache_dir"),
-    (ModelReference.merged, "self cache_dir trust_remote_code lora_merge_dtype"),
-    (ModelArchitecture.all_weights, "self config"),
-    (ParameterSpec, "name value_type scope default"),
-    (MergeMethodSpec, "name parameters contract pretty_name reference_url"),
-    (merge_methods.register, "method"),
-    (merge_methods.get, "name"),
-    (get_architecture_info, "config options"),
-]
-"""Functions that we call, or that are called in our place, and the arguments by name."""
 
 
 def planned(recipe: dict) -> tuple[MergePlanner, list[tuple]]:
@@ -186,71 +51,11 @@ def pair(tmp_path):
     return [make_model(tmp_path / n, "llama", seed=s) for s, n in enumerate("ab")]
 
 
-class TestNames:
-    @pytest.mark.parametrize(
-        ("module", "name", "why"),
-        [(module, name, why) for module, names in NAMES.items() for name, why in names.items()],
-    )
-    def test_it_is_there(self, module, name, why):
-        found = importlib.import_module(module)
-        assert hasattr(found, name), f"mergekit has no {module}.{name} any more: {why}"
-
-    def test_the_list_is_whole(self):
-        used = set()
-        for path in PACKAGE.rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mergekit"):
-                    used |= {(node.module, alias.name) for alias in node.names}
-        listed = {(module, name) for module, names in NAMES.items() for name in names}
-        modules = {tuple(module.rsplit(".", 1)) for module in NAMES}
-        new = used - listed - modules
-        assert not new, f"Say in NAMES what we need of mergekit, and what for: {sorted(new)}"
-
-    @pytest.mark.parametrize(
-        ("owner", "names"), FIELDS.items(), ids=lambda x: getattr(x, "__name__", "")
-    )
-    def test_fields(self, owner, names):
-        lost = set(names.split()) - set(owner.model_fields)
-        assert not lost, f"mergekit's {owner.__name__} has no {', '.join(sorted(lost))} any more"
-
-    @pytest.mark.parametrize(("function", "names"), CALLS, ids=lambda x: getattr(x, "__name__", ""))
-    def test_signatures(self, function, names):
-        parameters = inspect.signature(function).parameters
-        lost = set(names.split()) - set(parameters)
-        assert not lost, f"{function.__qualname__} takes no {', '.join(sorted(lost))} any more"
-        needed = {
-            name
-            for name, p in parameters.items()
-            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
-        new = needed - set(names.split())
-        assert not new, f"{function.__qualname__} also wants {', '.join(sorted(new))} now"
-
+class TestCommands:
     @pytest.mark.parametrize("script", [run_yaml, multimerge])
     def test_commands_are_known_by_their_modules_and_what_was_typed_by_its_name(self, script):
         assert script.main.callback.__module__ == script.__name__
         assert "config_file" in [parameter.name for parameter in script.main.params]
-
-    def test_the_folder_of_a_model_with_an_adapter(self, tmp_path, monkeypatch):
-        """Of what is there already nothing is made anew."""
-        pair = ModelReference.model_validate("org/base@v1+org/adapter")
-        made = tmp_path / f"{pair.model._unique_id()}_{pair.lora._unique_id()}"
-        made.mkdir()
-        assert pair.merged(cache_dir=str(tmp_path)).model.path == str(made)
-
-    def test_kernels_that_we_override(self):
-        for name in ("__call__", "_execute", "_execute_resolved"):
-            assert callable(getattr(MergeMethod, name)), name
-        assert MergeMethod.__abstractmethods__ <= {"_execute"}
-
-    def test_tasks_that_we_subclass(self):
-        assert Task.__abstractmethods__ == {"arguments", "execute"}
-        for name in ("priority", "group_label", "uses_accelerator"):
-            assert callable(getattr(Task, name)), name
-
-    def test_parts_of_a_loader(self, pair):
-        loader = LoaderCache().get(ModelReference.model_validate(str(pair[0])))
-        assert Path(loader.index.base_path) == pair[0]
 
 
 class TestRecipes:
@@ -482,6 +287,17 @@ class TestLoaders:
         finally:
             cache.setup(MergeOptions())
 
+    def test_the_folder_of_a_model_with_an_adapter(self, tmp_path, monkeypatch):
+        """Of what is there already nothing is made anew."""
+        pair = ModelReference.model_validate("org/base@v1+org/adapter")
+        made = tmp_path / f"{pair.model._unique_id()}_{pair.lora._unique_id()}"
+        made.mkdir()
+        assert pair.merged(cache_dir=str(tmp_path)).model.path == str(made)
+
+    def test_parts_of_a_loader(self, pair):
+        loader = LoaderCache().get(ModelReference.model_validate(str(pair[0])))
+        assert Path(loader.index.base_path) == pair[0]
+
 
 class TestVocabularies:
     def test_where_each_models_tokens_are(self, pair):
@@ -511,6 +327,45 @@ class TestVocabularies:
         assert built.permutations[two][numbers["dog"]] == own["dog"]
         assert built.permutations[two][numbers["cat"]] == -1
         assert built.permutations[one][numbers["cat"]] == built.original_vocabs[one]["cat"]
+
+    def test_which_rows_the_models_get(self):
+        """Of tokens 0 in all, 1 in one, 2 in two, 3 in none, and 4 forced; 5 is padding."""
+        models = [ModelReference.parse(name) for name in "abc"]
+        has = [{0: 0, 4: 1, 2: 2}, {0: 2, 4: 0, 2: 1}, {1: 0, 0: 1, 4: 2}]
+        tables = [torch.eye(3) + 10 * i for i in range(3)]
+        info = SimpleNamespace(
+            tokenizer=SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(5)}),
+            permutations={
+                model: {i: row.get(i, -1) for i in range(5)}
+                for model, row in zip(models, has, strict=True)
+            },
+        )
+
+        def given(base):
+            task = PermutedVocabulary.model_construct(
+                tokens={"4": TokenEmbeddingConfig(source=models[1], force=True)},
+                pad_to_multiple_of=6,
+                base_model=base,
+                vocabulary_axis=0,
+            )
+            return task.execute(info, dict(zip(models, tables, strict=True)))
+
+        for base, filled in [(None, (tables[0][2] + tables[1][1]) / 2), (models[0], tables[0][2])]:
+            for (model, rows), has_row, table in zip(given(base).items(), has, tables, strict=True):
+                assert torch.equal(rows[0], table[has_row[0]]), model
+                assert torch.equal(rows[1], tables[2][0]), "the row of the only one"
+                assert torch.equal(rows[2], table[has_row[2]] if 2 in has_row else filled)
+                assert torch.equal(rows[3], torch.zeros(3)), "nobody has it"
+                assert torch.equal(rows[4], tables[1][0]), "obeyed"
+                assert torch.equal(rows[5], rows[:5].mean(0)), "padding"
+
+    def test_the_fewest_rows_are_kept(self):
+        models = [ModelReference.parse(name) for name in "ab"]
+        tables = [torch.eye(3), torch.eye(5)[:, :3]]
+        weight = SimpleNamespace(name="embed", vocabulary_axis=0)
+        task = TruncatedVocabulary.model_construct(weight_info=weight)
+        for rows in task.execute(dict(zip(models, tables, strict=True))).values():
+            assert torch.equal(rows, torch.eye(3))
 
 
 class TestCard:
