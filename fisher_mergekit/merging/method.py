@@ -51,9 +51,10 @@ class PlannedMethod(MergeMethod):
 
     def _refuse(self) -> NoReturn:
         raise FisherMergekitError(
-            f"merge method {self.spec.name!r} needs the measured sidecar of every input, and "
-            "tensors handed over one by one do not say which sidecar belongs to them; write a "
-            "recipe and run mergekit-yaml (not mergekit-pytorch, merge_tensors or "
+            f"merge method {self.spec.name!r} cannot merge tensors that are handed over one by "
+            "one, not with a `sidecar` given either: which part of it is theirs goes by the names "
+            "in the models' own files, and how much a model counts by all of its tensors together; "
+            "write a recipe and run mergekit-yaml (not mergekit-pytorch, merge_tensors or "
             "merge_state_dicts)."
         )
 

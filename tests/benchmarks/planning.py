@@ -4,7 +4,7 @@
 
 Models and sidecars are sparse files: their headers are whole, their numbers were never written and
 take no room on the disk, though they have 140 GB a model (bfloat16) and 141 GB a Fisher. So what
-is read of them is zeros; planning reads the headers, and of each tensor the 256 KiB that its digest
+is read of them is zeros; planning reads the headers, and of each tensor the 64 KiB that its digest
 samples. `plan` is mergekit's planner with our part in it, `schedule` the order that mergekit puts
 the tasks into, `linear` the same for its plain average. CPU time and the one on the wall.
 """
@@ -45,7 +45,7 @@ SMALL = {
     "num_attention_heads": 8, "num_key_value_heads": 2,
 }  # fmt: skip
 """As deep, and narrow."""
-KINDS = {"linear": None, "fisher": "fisher", "regmean": "gram"}
+KINDS = {"linear": None, "fisher": "fisher", "regmean": "gram", "mats": "kfac"}
 SHARD = 5_000_000_000
 BYTES = {"BF16": 2, "F32": 4}
 
@@ -88,14 +88,20 @@ def make(folder: Path, sizes: Mapping[str, Any]) -> None:
     sidecar.mkdir()
     matrices = [n for n, shape in shapes.items() if len(shape) == 2 and "embed" not in n]
     grams = {f"{group_of(n)}.inputs": (shapes[n][1],) * 2 for n in matrices}
-    factors = {name: Factors(inputs=f"{group_of(name)}.inputs") for name in matrices}
-    others = {n: "not described by gram" for n in shapes if n not in factors}
-    kinds = {
-        "fisher": measurement(weights, shapes),
-        "gram": measurement(weights, grams, factors=factors, unmeasured=others),
-    }
+    outputs = {f"{n}.outputs": (shapes[n][0],) * 2 for n in matrices if "lm_head" not in n}
+    outputs |= {f"{n}.outputs": shapes[n][:1] for n in matrices if "lm_head" in n}
+    others = {n: "described by neither" for n in shapes if n not in matrices}
+    kinds = {"fisher": measurement(weights, shapes)}
     write_sparse(sidecar, "fisher", shapes, "BF16")
-    write_sparse(sidecar, "gram", grams, "F32")
+    for kind, stored in {"gram": grams, "kfac": grams | outputs}.items():
+        factors = {
+            n: Factors(
+                inputs=f"{group_of(n)}.inputs", outputs=f"{n}.outputs" if kind == "kfac" else None
+            )
+            for n in matrices
+        }
+        kinds[kind] = measurement(weights, stored, factors=factors, unmeasured=others)
+        write_sparse(sidecar, kind, stored, "F32")
     identity = ModelIdentity(reference=str(folder), architecture="LlamaForCausalLM")
     header = Header(model=identity, kinds=kinds)
     (sidecar / HEADER_NAME).write_text(header.to_json() + "\n", encoding="utf-8")

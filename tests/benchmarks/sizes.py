@@ -3,21 +3,19 @@
     python tests/benchmarks/sizes.py
 
 Models of Llama's architecture and their Fishers, random numbers in one dtype each, are merged by
-mergekit's own code, every merge in a process of its own that begins with everything imported. There
-are two models of each size; of four and eight the others are hard links to those two, so that they
-need no room (`--copies` makes them copies, so that all are read from the disk). Linear and Fisher
-take turns.
+mergekit's own code, every merge in a process of its own that begins with everything imported. Every
+model has files of its own (eight of 2B and their Fishers take 64 GB). Linear and Fisher take turns.
 
 `cached` is with the files in the system's cache, read there in order, and of each the fastest round
-counts; CPU time leaves out what waits for other programs. `cold` is after the system was told to
-forget the files (`posix_fadvise`): of the rounds' ratios of the times on the wall the median, and
-beside it the ratio of the fastest rounds; seconds are medians, too. A disk has no fastest time that
-is its own: a virtual one's host may have in its memory what it is asked for. `read` is how many
-times linear's bytes a Fisher merge reads. Before each merge free memory is filled with a cached
-file, as on a machine that has been in use: a virtual one gives free memory back to its host, and
-waits longer for it than for the disk. Memory is the most that a process held at any moment of a
-merge that is not timed above what it had before (`RssAnon`: without mapped files, which the system
-takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
+counts; CPU time leaves out what waits for other programs. Files that would take more than 85% of
+the memory that is free are not cached. `cold` is after the system was told to forget the files
+(`posix_fadvise`): of the rounds' ratios of the times on the wall the median, and beside it the
+ratio of the fastest rounds; seconds are medians, too. A disk has no fastest time that is its own: a
+virtual one's host may have in its memory what it is asked for. `read` is how many times linear's
+bytes a Fisher merge reads. Before each merge free memory is filled with a cached file, as on a
+machine that has been in use: a virtual one gives free memory back to its host, and waits longer for
+it than for the disk. Memory is the most that a process held at any moment of a merge that is not
+timed above what it had before (`RssAnon`: without mapped files, which the system takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
 written in shards of `--shard` bytes, which mergekit collects in memory.
 """
 
@@ -102,7 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shard", type=int, default=200_000_000, help="bytes of an output shard")
     parser.add_argument("--folder", help="where to make the models (default: the system's)")
-    parser.add_argument("--copies", action="store_true", help="copies in place of hard links")
     parser.add_argument("--smoke", action="store_true", help="does it run? small models")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -118,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report(size: Size, folder: Path, options: Any) -> None:
     """Print the rows of one size."""
-    models = make_all(size, folder, max(options.models), copies=options.copies)
+    models = make_all(size, folder, max(options.models))
     infos = [*Checkpoint(models[0]).values()]
     count, largest = sum(i.count for i in infos), max(i.count for i in infos)
     print(f"{size.name} ({count / 1e6:,.0f}M parameters, the largest tensor {largest / 1e6:,.1f}M)")
@@ -127,16 +124,18 @@ def report(size: Size, folder: Path, options: Any) -> None:
         found: dict[str, list[Merge]] = {method: [] for method in METHODS}
         cold: dict[str, list[float]] = {method: [] for method in METHODS}
         memory = {}
-        if options.rounds:
+        bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
+        fits = bytes_read[1] < psutil.virtual_memory().available * 85 // 100
+        rounds = options.rounds if fits else 0
+        if rounds:
             forget(folder)
             remember(chosen)
         for method in METHODS:
             watched = merge_alone(chosen, method, folder / "out", options, watch=True)
             memory[method] = watched.memory / MIB
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for method in METHODS:
                 found[method].append(merge_alone(chosen, method, folder / "out", options))
-        bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
         for _ in range(options.cold):
             for method in METHODS:
                 forget(folder)
@@ -168,8 +167,8 @@ def cells_cold(cold: dict[str, list[float]]) -> list[str]:
     return [f"{linear:.2f}", f"{fisher:.2f}", f"{ratio:.2f}", f"{fastest:.2f}"]
 
 
-def make_all(size: Size, folder: Path, count: int, *, copies: bool) -> list[Path]:
-    """Write two models with their Fishers, and the others as hard links to them, or copies."""
+def make_all(size: Size, folder: Path, count: int) -> list[Path]:
+    """Write two models with their Fishers, and the others as copies of them."""
     models = [folder / str(number) for number in range(count)]
     for number, model in enumerate(models):
         if number < 2:
@@ -180,8 +179,7 @@ def make_all(size: Size, folder: Path, count: int, *, copies: bool) -> list[Path
             if process.exitcode:
                 sys.exit("a model could not be made")
         else:
-            copy = shutil.copy2 if copies else os.link
-            shutil.copytree(models[number % 2], model, copy_function=copy)
+            shutil.copytree(models[number % 2], model)
     return models
 
 
@@ -214,11 +212,9 @@ def make(size: Size, folder: Path, seed: int) -> None:
     write_sidecar(folder / "sidecar", "fisher", identity, measurement, fishers)
 
 
-def total(folders: Sequence[Path], *, once: bool = False) -> int:
-    """Return the bytes of all tensors in the folders, not in their subfolders; of links `once`."""
-    found = [file.stat() for folder in folders for file in folder.glob("*.safetensors")]
-    kept = {file.st_ino: file for file in found}.values() if once else found
-    return sum(file.st_size for file in kept)
+def total(folders: Sequence[Path]) -> int:
+    """Return the bytes of all tensors in the folders, not in their subfolders."""
+    return sum(file.stat().st_size for f in folders for file in f.glob("*.safetensors"))
 
 
 def forget(folder: Path) -> None:
@@ -235,8 +231,7 @@ def remember(folders: Sequence[Path]) -> None:
 
     Twice: it prefers them then to what is read once, such as the file that fills its memory.
     """
-    found = [file for folder in folders for file in folder.rglob("*.safetensors")]
-    for file in [*{file.stat().st_ino: file for file in found}.values()] * 2:
+    for file in [file for folder in folders for file in folder.rglob("*.safetensors")] * 2:
         with file.open("rb", buffering=0) as stream:
             while stream.read(1 << 24):
                 pass
@@ -283,7 +278,7 @@ def merge_alone(
     os.sync()  # what an earlier merge has written
     if not options.smoke:  # other tests need it, too
         read = [*models, *(model / "sidecar" for model in models)]
-        cached = 0 if cold else total(read, once=True)
+        cached = 0 if cold else total(read)
         room = psutil.virtual_memory().available * 95 // 100 - cached
         fill_memory(out.with_name("holes"), max(0, room))
     process.start()

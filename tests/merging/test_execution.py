@@ -20,6 +20,7 @@ from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
@@ -30,6 +31,7 @@ from running import assert_close, command, merged, recipe_of
 from fisher_mergekit.errors import FisherMergekitError, PlanningError, SidecarError
 from fisher_mergekit.merging import tasks
 from fisher_mergekit.merging.aligning import ABSENT, FirstRows, TokenRows
+from fisher_mergekit.merging.loading import LoadTheta, Together
 from fisher_mergekit.precision import diagonal
 
 pytestmark = pytest.mark.slow  # exhaustive: not needed at every change
@@ -99,6 +101,30 @@ def test_the_same_bits(recipes, tmp_path, method, flag):
     if "out_shard_size" in FLAGS[flag]:
         assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize(
+    ("flags", "device"),
+    [
+        ({"device": "cuda"}, None),
+        ({"device": "cuda", "low_cpu_memory": True}, None),
+        ({"device": "cuda", "read_to_gpu": True}, "cuda"),
+    ],
+)
+def test_what_is_read_to_an_accelerator(recipes, method, flags, device):
+    """The models, if they are to; statistics are looked through where they are read."""
+    config = MergeConfiguration.model_validate(recipes[method][0])
+    options = MergeOptions(**flags)
+    LoaderCache().setup(options)
+    info = get_architecture_info(config, options)
+    planner = MergePlanner(config, info, options, config.base_model.config())
+    executor = Executor(planner.plan_in_memory(), "cpu", "cpu")
+    planned = [handle.task() for handle in executor.schedule.tasks]
+    loads = [t for task in planned if isinstance(task, Together) for t in task.tasks]
+    thetas = [task for task in (*planned, *loads) if isinstance(task, LoadTheta)]
+    assert thetas
+    assert {task.device for task in thetas} == {device}
 
 
 @pytest.mark.parametrize("method", METHODS.values())
@@ -318,13 +344,16 @@ def test_tensors_without_a_recipe_are_refused_before_any_is_read():
 @pytest.mark.slow
 def test_mergekit_pytorch_says_one_sentence(recipes, tmp_path):
     recipe, _ = recipes["fisher"]
-    models = [{"model": f"{entry['model']}/model.safetensors"} for entry in recipe["models"]]
+    models = [
+        {"model": f"{folder}/model.safetensors", "parameters": {"sidecar": f"{folder}/sidecar"}}
+        for folder in (entry["model"] for entry in recipe["models"])
+    ]
     path = tmp_path / "raw.yml"
     path.write_text(yaml.safe_dump({"merge_method": "fisher", "models": models}))
     process = command("mergekit-pytorch", path, tmp_path / "out")
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
-    assert "Error: merge method 'fisher' needs the measured sidecar" in process.stderr
+    assert "Error: merge method 'fisher' cannot merge tensors that are handed" in process.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import shutil
 import models as families
 import pytest
 import transformers
-from factors import make_described
+from factors import make_described, mean, merged_matrix, scale
 from models import make_measured, make_model, rewrite
 from running import assert_close, merged, recipe_of
 from slicing import by_hand, piece, plan_of, sliced
@@ -140,6 +140,45 @@ class TestModules:
         assert any((encoder[n] - decoder[n]).abs().max() > 1e-3 for n in of_decoder)
         expected = {n: (decoder if n in of_decoder else encoder)[n] for n in found}
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(("kind", "method"), [("gram", "regmean"), ("kfac", "mats")])
+    def test_crossing_slices_by_factors(self, tmp_path, kind, method):
+        """A layer takes the factors of its source along; what it is alone in, it is copied in."""
+        made = [make_described(tmp_path / n, "t5", kind, seed=i) for i, n in enumerate("ab")]
+        a, b = (described.folder for described in made)
+        both = [{"model": str(folder)} for folder in (a, b)]
+        encoder = [piece((a, 0, 1, 2), (b, 0, 1, 3)), piece((a, 1, 2, 2), (b, 2, 3, 3))]
+        encoder.append(piece((b, 1, 2, 1)))
+        recipe = self.recipe(
+            encoder={"slices": encoder},
+            decoder={"models": both},
+            shared={"models": both},
+        )
+        content = {**recipe, "merge_method": method}
+        content["parameters"] = {"tolerance": 1e-10} if kind == "kfac" else {}
+        found = merged(content, tmp_path / "out")
+
+        names = list(made[0].thetas)
+        layers = [[(0, 0, 2), (1, 0, 3)], [(0, 1, 2), (1, 2, 3)], [(1, 1, 1)]]
+        plan = plan_of([n for n in names if n.startswith("encoder.")], layers,
+                       before=[(0, 2), (1, 3)], after=[(1, 1)])  # fmt: skip
+        for layer in (1, 2):  # only the first layer has one
+            del plan[f"encoder.block.{layer}.layer.0.SelfAttention.relative_attention_bias.weight"]
+        plan |= {n: [(0, n, 1), (1, n, 1)] for n in names if not n.startswith("encoder.")}
+        by_kind = {n for n in names if n in made[0].factors and not made[0].is_embedding(n)}
+        used = [{n for ps in plan.values() if len(ps) > 1 for i, n, _ in ps if i == m} & by_kind
+                for m in (0, 1)]  # fmt: skip
+        scales = [scale(m, n) for m, n in zip(made, used, strict=True)] if kind == "kfac" else None
+        expected = {}
+        for name, sources in plan.items():
+            parts = [(made[m], n, lam) for m, n, lam in sources]
+            is_matrix = len(parts) > 1 and parts[0][1] in by_kind
+            expected[name] = (
+                merged_matrix(parts, scales)
+                if is_matrix
+                else mean([m.thetas[n] for m, n, _ in parts], [lam for *_, lam in parts])
+            )
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_a_layer_that_lacks_what_its_partner_has(self, pair, tmp_path):
         """The first layer of a T5 has the positions of all others."""

@@ -35,7 +35,10 @@ def bytes_read():
 TASKS = (MergeTask, LoadTheta, LoadPrecision)
 
 
-@pytest.mark.parametrize(("method", "sidecars"), [("fisher", TENSORS), ("regmean", LAYERS * 4 + 1)])
+@pytest.mark.parametrize(
+    ("method", "sidecars"),
+    [("fisher", TENSORS), ("regmean", LAYERS * 4 + 1), ("mats", LAYERS * 11 + 2)],
+)
 def test_no_tensor_is_read(models, method, sidecars, monkeypatch):
     def read(*_, **__):
         raise AssertionError("planning reads a tensor")

@@ -184,6 +184,42 @@ def test_a_forced_token(tmp_path, kind):
     assert not found[EMBEDDING][speakers[0].tokens.index("cat")].any()
 
 
+@both_kinds
+def test_sources_of_single_tokens(tmp_path, kind):
+    """Each way to name a source, in the vocabulary of a model that is not the base."""
+    speakers, described = speakers_of(tmp_path, kind)
+    a, b, c = speakers
+
+    def of(speaker, token):
+        return {"kind": "model_token", "model": str(speaker.folder), "token": token}
+
+    configs = {
+        "new": {"source": of(a, "alpha")},  # nobody has it
+        "dog": {"source": of(a, "the")},  # c lacks it
+        "beta": {"source": {"kind": "zero"}},  # only b has it, and keeps it
+        "mat": {"source": str(c.folder), "force": True},
+    }
+    content = recipe(speakers, kind, tokenizer={"source": str(b.folder), "tokens": configs})
+    found = merged(content, tmp_path / "out")
+    tokens = tokens_of(tmp_path / "out")
+    assert set(tokens) == {*b.tokens, "new"}
+    given = {
+        "new": a.row(HEAD, "alpha"),
+        "dog": a.row(HEAD, "the"),
+        "beta": torch.zeros(8),
+        "mat": c.row(HEAD, "mat"),
+    }
+    names = [n for n in described[0].factors if n != EMBEDDING]
+    expected = dense(
+        speakers, described, HEAD, tokens, LAMBDAS, base=a,
+        scales=scales_of(described, kind, names), given=given, forced=("mat",),
+    )  # fmt: skip
+    check(found, {HEAD: expected})
+    for token in ("new", "mat"):
+        row = found[HEAD][tokens.index(token)].double()
+        torch.testing.assert_close(row, given[token], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
