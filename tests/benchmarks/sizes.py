@@ -6,17 +6,18 @@ Models of Llama's architecture and their Fishers, random numbers in one dtype ea
 mergekit's own code, every merge in a process of its own that begins with everything imported. Every
 model has files of its own (eight of 2B and their Fishers take 64 GB). Linear and Fisher take turns.
 
-`cached` is with the files in the system's cache, read there in order, and of each the fastest round
-counts; CPU time leaves out what waits for other programs. Files that would take more than 85% of
-the memory that is free are not cached. `cold` is after the system was told to forget the files
-(`posix_fadvise`): of the rounds' ratios of the times on the wall the median, and beside it the
-ratio of the fastest rounds; seconds are medians, too. A disk has no fastest time that is its own: a
-virtual one's host may have in its memory what it is asked for. `read` is how many times linear's
-bytes a Fisher merge reads. Before each merge free memory is filled with a cached file, as on a
-machine that has been in use: a virtual one gives free memory back to its host, and waits longer for
-it than for the disk. Memory is the most that a process held at any moment of a merge that is not
-timed above what it had before (`RssAnon`: without mapped files, which the system takes back when it needs room), and `tensor` one float32 copy of the largest tensor. The output is
-written in shards of `--shard` bytes, which mergekit collects in memory.
+`cached` is with the files in the system's cache, read there in order; files that would take more
+than 85% of the memory that is free are not cached. `cold` is after the system was told to forget
+them (`posix_fadvise`). Seconds are medians, `ratio` is the median of the rounds' ratios, `fastest`
+that of the fastest rounds: a disk has no fastest time that is its own, for a virtual one's host may
+have in its memory what it is asked for; and of a processor others take their part. `CPU` is the
+ratio of the least CPU times. `read` is how many times linear's bytes a Fisher merge reads. Before
+each merge free memory is filled with a cached file, as on a machine that has been in use: a virtual
+one gives free memory back to its host, and waits longer for it than for the disk. Memory is the
+most that a process held at any moment of a merge that is not timed above what it had before
+(`RssAnon`: without mapped files, which the system takes back when it needs room), and `tensor` one
+float32 copy of the largest tensor. The output is written in shards of `--shard` bytes, which
+mergekit collects in memory.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ SIZES = [
 ]
 SMALL = [Size("small float32", 256, 64, 128, 2, torch.float32)]
 COLUMNS = (
-    "models", "linear", "fisher", "ratio", "CPU", "linear", "fisher", "ratio", "fastest", "read",
-    "linear", "fisher", "tensor",
+    "models", "linear", "fisher", "ratio", "fastest", "CPU", "linear", "fisher", "ratio", "fastest",
+    "read", "linear", "fisher", "tensor",
 )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     print(f"threads: {options.threads}, torch {torch.__version__}, shards of {options.shard:,} B\n")
-    print(f"{'':12}{'cached: seconds, Fisher / linear':>32}", end="")
+    print(f"{'':12}{'cached: seconds, Fisher / linear':>40}", end="")
     print(f"{'cold: seconds, Fisher / linear':>32}{'bytes':>8}{'peak memory, MiB':>24}")
     print(f"{'':4}" + "".join(f"{title:>8}" for title in COLUMNS))
     for size in SMALL if options.smoke else SIZES:
@@ -122,7 +123,7 @@ def report(size: Size, folder: Path, options: Any) -> None:
     for number in options.models:
         chosen = models[:number]
         found: dict[str, list[Merge]] = {method: [] for method in METHODS}
-        cold: dict[str, list[float]] = {method: [] for method in METHODS}
+        cold: dict[str, list[Merge]] = {method: [] for method in METHODS}
         memory = {}
         bytes_read = [total(chosen), total(chosen) + total([m / "sidecar" for m in chosen])]
         fits = bytes_read[1] < psutil.virtual_memory().available * 85 // 100
@@ -139,32 +140,29 @@ def report(size: Size, folder: Path, options: Any) -> None:
         for _ in range(options.cold):
             for method in METHODS:
                 forget(folder)
-                merge = merge_alone(chosen, method, folder / "out", options, cold=True)
-                cold[method].append(merge.wall)
-        cells = [str(number), *cells_cached(found), *cells_cold(cold)]
+                cold[method].append(merge_alone(chosen, method, folder / "out", options, cold=True))
+        cells = [str(number), *cells_of(found), cpu_of(found), *cells_of(cold)]
         cells.append(f"{bytes_read[1] / bytes_read[0]:.2f}")
         cells += [f"{memory[method]:,.0f}" for method in METHODS]
         cells.append(f"{4 * largest / MIB:,.0f}")
         print(f"{'':4}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
 
 
-def cells_cached(found: dict[str, list[Merge]]) -> list[str]:
-    """Return linear's and Fisher's seconds, their ratio and that of CPU time, by fastest rounds."""
-    if not found["linear"]:
-        return [""] * 4
-    linear, fisher = (min(merge.wall for merge in found[method]) for method in METHODS)
-    cpu = [min(merge.cpu for merge in found[method]) for method in METHODS]
-    return [f"{linear:.2f}", f"{fisher:.2f}", f"{fisher / linear:.2f}", f"{cpu[1] / cpu[0]:.2f}"]
-
-
-def cells_cold(cold: dict[str, list[float]]) -> list[str]:
+def cells_of(found: dict[str, list[Merge]]) -> list[str]:
     """Return linear's and Fisher's seconds, by medians, and both ratios."""
-    if not cold["linear"]:
+    walls = [[merge.wall for merge in found[method]] for method in METHODS]
+    if not all(walls):
         return [""] * 4
-    linear, fisher = (statistics.median(cold[method]) for method in METHODS)
-    ratio = statistics.median(b / a for a, b in zip(cold["linear"], cold["fisher"], strict=True))
-    fastest = min(cold["fisher"]) / min(cold["linear"])
+    linear, fisher = map(statistics.median, walls)
+    ratio = statistics.median(b / a for a, b in zip(*walls, strict=True))
+    fastest = min(walls[1]) / min(walls[0])
     return [f"{linear:.2f}", f"{fisher:.2f}", f"{ratio:.2f}", f"{fastest:.2f}"]
+
+
+def cpu_of(found: dict[str, list[Merge]]) -> str:
+    """Return the ratio of the least CPU times."""
+    least = [min((merge.cpu for merge in found[method]), default=0.0) for method in METHODS]
+    return f"{least[1] / least[0]:.2f}" if all(least) else ""
 
 
 def make_all(size: Size, folder: Path, count: int) -> list[Path]:

@@ -102,7 +102,7 @@ def test_the_table_of_merges_by_size_is_printed() -> None:
         # The files are so small that their headers count.
         assert 1.9 < read < 2.2
         assert ratio == pytest.approx(fisher / linear, rel=0.2)
-        assert len(others) == 5
+        assert len(others) == 6
         assert all(x > 0 for x in others)
         assert all(0 <= float(mib) < 100 for mib in row[-3:])
 
@@ -123,6 +123,6 @@ def test_the_table_of_merges_by_method_is_printed() -> None:
 def test_planning_of_80_layers_is_timed() -> None:
     text = script("planning.py", "--rounds", "1")
     assert "80 layers" in text
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-3:]}
-    assert list(rows) == ["linear", "fisher", "regmean"]
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-4:]}
+    assert list(rows) == ["linear", "fisher", "regmean", "mats"]
     assert all(len(cells) == 4 and all(float(c) > 0 for c in cells) for cells in rows.values())
