@@ -22,6 +22,7 @@ startup.start()  # in this process, also where the start-up file is not installe
 _SCRIPTS = {
     "mergekit-yaml": "mergekit.scripts.run_yaml",
     "mergekit-multi": "mergekit.scripts.multimerge",
+    "mergekit-legacy": "mergekit.scripts.legacy",
     "mergekit-pytorch": "mergekit.scripts.merge_raw_pytorch",
     "mergekit-fisher": "fisher_mergekit.cli",
 }

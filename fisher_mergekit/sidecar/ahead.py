@@ -96,7 +96,7 @@ class Stream:
         self._is_reading = False
 
     def ask_for(self, start: int, stop: int) -> None:
-        """Have these bytes read and up to `BEHIND` more, at least half of that at a time."""
+        """Have these bytes read, and up to `BEHIND` more; asked for is at least half of that."""
         with self._lock:
             end = stop + BEHIND
             if end - max(start, self._end) < BEHIND // 2:
@@ -114,7 +114,11 @@ class Stream:
             self._is_reading = False
 
     def _read(self) -> None:
-        """Read to nowhere: the system keeps it, and this process needs no memory for it."""
+        """Read to nowhere: the system keeps it, and this process needs no memory for it.
+
+        What a short answer leaves out is read when it is touched. After an error this counts as
+        reading still, so that nobody tries again where the system cannot do it.
+        """
         with contextlib.suppress(OSError, AttributeError), descriptor_of(self._file) as source:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:

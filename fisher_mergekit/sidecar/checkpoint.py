@@ -217,9 +217,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Load one tensor as stored, from any thread; KeyError if there is no such name."""
         info = self._infos[name]
-        if info.file not in self._streams:
-            self._streams[info.file] = ahead.Stream(info.file)
-        self._streams[info.file].ask_for(info.start, info.stop)
+        stream = self._streams.setdefault(info.file, ahead.Stream(info.file))
+        stream.ask_for(info.start, info.stop)
         key = info.file, device
         if key not in self._open:
             self._open[key] = safe_open(info.file, framework="pt", device=device)

@@ -3,7 +3,7 @@
     python tests/benchmarks/planning.py
 
 Models and sidecars are sparse files: their headers are whole, their numbers were never written and
-take no room on the disk, though they have 140 GB a model (bfloat16) and 141 GB a Fisher. So what
+take no room on the disk, though they have 141 GB a model (bfloat16) and as much a Fisher. So what
 is read of them is zeros; planning reads the headers, and of each tensor the 64 KiB that its digest
 samples. `plan` is mergekit's planner with our part in it, `schedule` the order that mergekit puts
 the tasks into, `linear` the same for its plain average. CPU time and the one on the wall.

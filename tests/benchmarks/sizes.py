@@ -4,7 +4,7 @@
 
 Models of Llama's architecture and their Fishers, random numbers in one dtype each, are merged by
 mergekit's own code, every merge in a process of its own that begins with everything imported. Every
-model has files of its own (eight of 2B and their Fishers take 64 GB). Linear and Fisher take turns.
+model has files of its own (eight of 2B and their Fishers take 63 GB). Linear and Fisher take turns.
 
 `cached` is with the files in the system's cache, read there in order; files that would take more
 than 85% of the memory that is free are not cached. `cold` is after the system was told to forget

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import sizes
 
 SCRIPT = Path(__file__).parent / "measuring.py"
 
@@ -105,6 +106,16 @@ def test_the_table_of_merges_by_size_is_printed() -> None:
         assert len(others) == 6
         assert all(x > 0 for x in others)
         assert all(0 <= float(mib) < 100 for mib in row[-3:])
+
+
+def test_cells_of_rounds() -> None:
+    """Medians of seconds, the median of ratios, and the ratio of the fastest."""
+    walls = {"linear": [1.0, 2.0, 4.0], "fisher": [3.0, 3.0, 8.0]}
+    found = {m: [sizes.Merge(w, 10 / w, 0) for w in each] for m, each in walls.items()}
+    assert sizes.cells_of(found) == ["2.00", "3.00", "2.00", "3.00"]
+    assert sizes.cpu_of(found) == "0.50"
+    nothing: dict[str, list[sizes.Merge]] = {"linear": [], "fisher": []}
+    assert [*sizes.cells_of(nothing), sizes.cpu_of(nothing)] == [""] * 5
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What we rely on mergekit to do: a new version of it should fail here, each on its own code alone.
+"""What we rely on mergekit to do: a new version of it should fail here. Its code runs alone.
 
 Which names, fields and signatures we need is in `test_names.py`.
 """

@@ -155,11 +155,16 @@ ABSTRACT = {
 
 OVERRIDDEN = {
     "mergekit.graph:Task": "priority group_label uses_accelerator",
-    "mergekit.merge_methods.base:MergeMethod": (
-        "__call__ _execute _execute_resolved validate_inputs"
-    ),
+    "mergekit.merge_methods.base:MergeMethod": ("__call__ _execute_resolved validate_inputs"),
 }
 """What else we override there."""
+
+
+def looked_up(path, why):
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError):
+        pytest.fail(f"mergekit has no {path} any more: {why}")
 
 
 @pytest.mark.parametrize(
@@ -167,10 +172,7 @@ OVERRIDDEN = {
     [(module, name, why) for module, names in NAMES.items() for name, why in names.items()],
 )
 def test_names(module, name, why):
-    try:
-        resolve_name(f"{module}:{name}")
-    except (ImportError, AttributeError):
-        pytest.fail(f"mergekit has no {module}.{name} any more: {why}")
+    looked_up(f"{module}:{name}", why)
 
 
 def test_the_list_of_names_is_whole():
@@ -187,13 +189,13 @@ def test_the_list_of_names_is_whole():
 
 @pytest.mark.parametrize(("owner", "names"), FIELDS.items())
 def test_fields(owner, names):
-    lost = set(names.split()) - set(resolve_name(owner).model_fields)
+    lost = set(names.split()) - set(looked_up(owner, f"we read {names}").model_fields)
     assert not lost, f"mergekit's {owner} has no {', '.join(sorted(lost))} any more"
 
 
 @pytest.mark.parametrize(("function", "names"), CALLS.items())
 def test_signatures(function, names):
-    parameters = inspect.signature(resolve_name(function)).parameters
+    parameters = inspect.signature(looked_up(function, f"it took {names}")).parameters
     lost = set(names.split()) - set(parameters)
     assert not lost, f"{function} takes no {', '.join(sorted(lost))} any more"
     needed = {
@@ -207,11 +209,13 @@ def test_signatures(function, names):
 
 @pytest.mark.parametrize(("owner", "names"), ABSTRACT.items())
 def test_what_must_be_overridden(owner, names):
-    new = resolve_name(owner).__abstractmethods__ - set(names.split())
+    base = looked_up(owner, "ours are subclasses")
+    new = base.__abstractmethods__ - set(names.split())
     assert not new, f"subclasses of {owner} must have {', '.join(sorted(new))}, too"
 
 
 @pytest.mark.parametrize(("owner", "names"), OVERRIDDEN.items())
 def test_what_else_is_overridden(owner, names):
-    lost = [name for name in names.split() if not callable(getattr(resolve_name(owner), name, 0))]
+    base = looked_up(owner, "ours are subclasses")
+    lost = [name for name in names.split() if not callable(getattr(base, name, None))]
     assert not lost, f"{owner} has no {', '.join(lost)} any more"

@@ -113,7 +113,7 @@ def test_the_same_bits(recipes, tmp_path, method, flag):
     ],
 )
 def test_what_is_read_to_an_accelerator(recipes, method, flags, device):
-    """The models, if they are to; statistics are looked through where they are read."""
+    """The models, if they are to."""
     config = MergeConfiguration.model_validate(recipes[method][0])
     options = MergeOptions(**flags)
     LoaderCache().setup(options)
@@ -355,6 +355,17 @@ def test_mergekit_pytorch_says_one_sentence(recipes, tmp_path):
     assert "Traceback" not in process.stderr
     assert "Error: merge method 'fisher' cannot merge tensors that are handed" in process.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_mergekit_legacy_writes_a_parameter_that_is_not_ours(recipes, tmp_path):
+    models = [
+        arg for entry in recipes["fisher"][0]["models"] for arg in ("--merge", entry["model"])
+    ]
+    process = command("mergekit-legacy", tmp_path / "out", "--method", "fisher", *models)
+    assert process.returncode == 1
+    assert "parameters: unknown parameter 'normalize'" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.slow

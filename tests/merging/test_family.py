@@ -292,7 +292,9 @@ def test_models_of_other_methods_keep_their_sidecars(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [{"cuda": True}, {"gpu_rich": True}])
+@pytest.mark.parametrize(
+    "flags", [{"cuda": True}, {"cuda": True, "read_to_gpu": True}, {"gpu_rich": True}]
+)
 @both_kinds
 def test_on_a_gpu(tmp_path, kind, flags):
     """What layers share stays on the device that computed it."""

@@ -313,7 +313,9 @@ def test_device_options(pair, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [{"cuda": True}, {"gpu_rich": True}])
+@pytest.mark.parametrize(
+    "flags", [{"cuda": True}, {"cuda": True, "read_to_gpu": True}, {"gpu_rich": True}]
+)
 def test_on_a_gpu(pair, tmp_path, flags):
     assert_close(merged(recipe_of(*pair[0]), tmp_path, **flags), oracle(pair, [1, 1]))
 

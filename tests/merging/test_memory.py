@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,23 +21,20 @@ OPTIONS = SimpleNamespace(threads=1, shard=4_000_000, smoke=True)
 ROOM = 24  # MiB, for the plan and what the allocator keeps; the models have hundreds
 
 
-@pytest.fixture(scope="module")
-def peak(tmp_path_factory):
-    """Return a function: how many MiB a merge of models of so many layers holds at most."""
-
-    def measured(layers: int, count: int) -> tuple[float, float]:
-        folder = tmp_path_factory.mktemp("models")
-        size = sizes.Size("", 1024, 512, 1536, layers, torch.float32)
-        models = sizes.make_all(size, folder, count)
-        merge = sizes.merge_alone(models, "fisher", folder / "out", OPTIONS, watch=True)
-        read = sizes.total(models) + sizes.total([model / "sidecar" for model in models])
-        return merge.memory / sizes.MIB, read / sizes.MIB
-
-    return measured
+def peak(folder: Path, layers: int, count: int) -> tuple[float, float]:
+    """Return how many MiB a merge of models of so many layers holds at most, and has to read."""
+    size = sizes.Size("", 8192, 512, 1536, layers, torch.float32)
+    models = sizes.make_all(size, folder, count)
+    merge = sizes.merge_alone(models, "fisher", folder / "out", OPTIONS, watch=True)
+    read = sizes.total(models) + sizes.total([model / "sidecar" for model in models])
+    shutil.rmtree(folder)
+    return merge.memory / sizes.MIB, read / sizes.MIB
 
 
 @pytest.mark.parametrize(("layers", "count"), [(16, 2), (4, 8)])
-def test_four_times_as_much_to_merge(peak, layers, count):
-    (small, little), (large, much) = peak(4, 2), peak(layers, count)
+def test_four_times_as_much_to_merge(tmp_path, layers, count):
+    """One more copy of the largest tensor, 16 MiB, for each model would be seen."""
+    small, little = peak(tmp_path / "small", 4, 2)
+    large, much = peak(tmp_path / "large", layers, count)
     assert much - little > 10 * ROOM
     assert large < small + ROOM

@@ -190,12 +190,12 @@ def test_sources_of_single_tokens(tmp_path, kind):
     speakers, described = speakers_of(tmp_path, kind)
     a, b, c = speakers
 
-    def of(speaker, token):
-        return {"kind": "model_token", "model": str(speaker.folder), "token": token}
+    def of(speaker, **token):
+        return {"kind": "model_token", "model": str(speaker.folder), **token}
 
     configs = {
-        "new": {"source": of(a, "alpha")},  # nobody has it
-        "dog": {"source": of(a, "the")},  # c lacks it
+        "new": {"source": of(a, token="alpha")},  # nobody has it
+        "dog": {"source": of(a, token_id=a.tokens.index("the"))},  # c lacks it
         "beta": {"source": {"kind": "zero"}},  # only b has it, and keeps it
         "mat": {"source": str(c.folder), "force": True},
     }

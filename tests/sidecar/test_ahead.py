@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,16 +28,21 @@ class Disk:
         self.read: list[tuple[int, int]] = []
         self.threads: list[Callable[[], None]] = []
         self.is_cached = False
+        self.meanwhile: list[Callable[[], None]] = []
         (tmp_path / "a").touch()
         self.stream = ahead.Stream(tmp_path / "a")
         patch.setattr(ahead, "_is_cached", lambda *_: self.is_cached)
-        patch.setattr(os, "sendfile", self._sendfile)
-        patch.setattr(threading, "Thread", self._thread)
+        patch.setattr(os, "sendfile", self._sendfile, raising=False)
+        # Only there: tests have threads, too.
+        own = SimpleNamespace(Thread=self._thread, Lock=threading.Lock)
+        patch.setattr(ahead, "threading", own)
 
     def _sendfile(self, out: int, source: int, offset: int, count: int) -> int:
         assert count <= ahead.AT_ONCE
         last = self.read.pop() if self.read and self.read[-1][1] == offset else (offset, offset)
         self.read.append((last[0], offset + count))
+        while self.meanwhile:
+            self.meanwhile.pop()()
         return count
 
     def _thread(self, *, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
@@ -82,10 +89,22 @@ def test_a_tensor_far_behind_is_read_without_what_lies_between(disk: Disk) -> No
 
 
 def test_a_thread_that_is_overtaken_leaves_out_what_has_been_taken(disk: Disk) -> None:
+    disk.meanwhile.append(lambda: disk.stream.ask_for(900 * MIB, 901 * MIB))
     disk.stream.ask_for(0, 10 * MIB)
-    disk.stream.ask_for(900 * MIB, 901 * MIB)
+    disk.threads.pop()()
+    assert disk.read == [(0, ahead.AT_ONCE), (900 * MIB, 901 * MIB + ahead.BEHIND)]
+    assert not disk.threads
+
+
+def test_after_an_error_nobody_tries_again(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> int:
+        raise OSError(22, "not to this")
+
+    monkeypatch.setattr(os, "sendfile", refuse, raising=False)
+    disk.stream.ask_for(0, MIB)
     disk.turn()
-    assert disk.read == [(900 * MIB, 901 * MIB + ahead.BEHIND)]
+    disk.stream.ask_for(MIB, 500 * MIB)
+    assert not disk.threads
 
 
 def test_what_is_in_the_cache_is_not_read(disk: Disk) -> None:
@@ -98,17 +117,36 @@ def test_what_is_in_the_cache_is_not_read(disk: Disk) -> None:
     assert disk.read == [(MIB + ahead.BEHIND, 100 * MIB + ahead.BEHIND)]
 
 
-def test_where_no_more_threads_can_be_had_nothing_is_read_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_no_more_threads_can_be_had_it_is_tried_again(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(_: threading.Thread) -> None:
+    def start() -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
-    ahead.Stream(tmp_path / "a").ask_for(0, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead.threading, "Thread", lambda **_: SimpleNamespace(start=start))
+        disk.stream.ask_for(0, MIB)
+    disk.stream.ask_for(MIB, 50 * MIB)
+    disk.turn()
+    assert disk.read == [(MIB, 50 * MIB + ahead.BEHIND)]
 
 
-@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="it is done by sendfile")
+def test_many_threads_that_ask_start_one(disk: Disk) -> None:
+    def ask() -> None:
+        for i in range(200):
+            disk.stream.ask_for(i * 10 * MIB, (i + 1) * 10 * MIB)
+
+    with ThreadPoolExecutor(8) as pool:
+        for asked in [pool.submit(ask) for _ in range(8)]:
+            asked.result()
+    assert len(disk.threads) == 1
+    disk.turn()
+    ((begin, end),) = disk.read
+    assert begin <= 1990 * MIB
+    assert 2000 * MIB < end <= 2000 * MIB + ahead.BEHIND
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere sendfile is for sockets")
 def test_a_file_that_ends_or_is_not_there_is_nothing_to_tell_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
