@@ -1,7 +1,11 @@
 """What holds for all tests."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub looks: no test needs a Hub
 
 # A machine that does other work as well must not fail a law; and a run leaves nothing behind.
 settings.register_profile(

@@ -101,6 +101,8 @@ def find(planner: MergePlanner) -> tuple[Vocabulary, list[str]]:
         return found, [f"tokenizer: pad_to_multiple_of is {multiple}; it must be 1 or more."]
     sources = [*own.referenced_models]
     if isinstance(own.tokenizer_source, ModelReference):
+        if misspelt := _misspelt(str(own.tokenizer_source)):
+            return found, [misspelt]
         sources.append(own.tokenizer_source)
     without = [model for model in dict.fromkeys(sources) if not _may_have_tokenizer(model)]
     if without:
@@ -114,10 +116,7 @@ def find(planner: MergePlanner) -> tuple[Vocabulary, list[str]]:
         info = BUILT.anew(own)
     except Exception as error:  # whatever a tokenizer's code stumbles over
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        source = own.tokenizer_source  # a misspelt word is a model's name to mergekit
-        meant = nearest(str(source), ("union", "base"), cutoff=0.75)
-        taken = f" {source} is taken for a model.{meant}" if meant else ""
-        return found, [f"mergekit cannot build the output's tokenizer: {told}{taken}"]
+        return found, [f"mergekit cannot build the output's tokenizer: {told}"]
     lacking = [m for m in own.referenced_models if m not in info.original_vocabs]
     problems = [_without_tokenizer(str(model)) for model in lacking]
     numbers = info.tokenizer.get_vocab()
@@ -245,6 +244,14 @@ def _missing(
     if not 0 <= place < size:
         return f"{place} is no token of its source {model}, which has {size} rows in {slot.name}."
     return None
+
+
+def _misspelt(source: str) -> str | None:
+    """Say that a word was meant by what mergekit takes for a model; the Hub is not asked for it."""
+    meant = nearest(source, ("union", "base"), cutoff=0.75)
+    if not meant or "/" in source or Path(source).exists():
+        return None
+    return f"tokenizer_source: {source} is taken for a model, and there is none here.{meant}"
 
 
 def _may_have_tokenizer(model: ModelReference) -> bool:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from models import make_measured
 from running import merged, recipe_of
 from tokenizers_of_words import give_tokenizer
@@ -69,10 +70,14 @@ def test_a_tokenizer_of_another_model(pair, tmp_path):
     assert message.startswith(f"{source} has no tokenizer")
 
 
-def test_a_misspelt_union_is_not_only_a_model_that_cannot_be_found(pair, tmp_path):
-    content = recipe(pair, base_model=str(pair[0].folder), tokenizer_source="unoin")
-    message = problem(content, tmp_path / "out")
-    assert message.endswith(" unoin is taken for a model. Did you mean 'union'?")
+@pytest.mark.parametrize(("typed", "meant"), [("unoin", "union"), ("Base", "base")])
+def test_a_misspelt_word_is_not_asked_of_the_hub(pair, tmp_path, monkeypatch, typed, meant):
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    message = problem(recipe(pair, tokenizer_source=typed), tmp_path / "out")
+    assert message == (
+        f"tokenizer_source: {typed} is taken for a model, and there is none here. Did you mean "
+        f"{meant!r}?"
+    )
 
 
 @pytest.mark.parametrize(
