@@ -159,10 +159,8 @@ def check_tensors(
         CheckpointError: a configuration that describes no model.
         MeasureError: a parameter without a tensor of its shape, or a value that is not finite.
     """
-    if trust_remote_code and _has_own_code(config, architecture):
-        return
     try:
-        model = skeleton(config, architecture)
+        model = outline(config, architecture, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.folder}/{error.message}") from None
     if model is None:
@@ -175,6 +173,19 @@ def check_tensors(
                     f"({', '.join(group.targets)}). Nothing that is computed with this model "
                     "means anything; save it again from a sound copy."
                 )
+
+
+def outline(
+    config: PretrainedConfig, architecture: str, *, trust_remote_code: bool
+) -> nn.Module | None:
+    """Return the model without memory for its parameters; None if only its own code describes it.
+
+    Raises:
+        CheckpointError: a configuration that describes no model.
+    """
+    if trust_remote_code and _has_own_code(config, architecture):
+        return None
+    return skeleton(config, architecture)
 
 
 def load_subject(

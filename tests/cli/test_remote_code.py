@@ -11,6 +11,7 @@ import oracles
 import pytest
 import tiny
 import torch
+import training
 import transformers
 from hub import Hub
 from huggingface_hub import constants
@@ -80,6 +81,38 @@ def test_measured_by_its_own_code(tmp_path, data, family):
     model = save(tmp_path / "model", family)
     succeed(*flags(model, data, "--estimator", "empirical", "--trust-remote-code"))
     assert_same_fishers(fisher_of(model), by_loop(model))
+
+
+LACKING = """
+from torch import nn
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM as Llama
+
+
+class LlamaForCausalLM(Llama):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm = nn.Identity()
+"""
+"""A class of the name of one of transformers, with a parameter less."""
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, training.BETA2))
+
+
+def test_an_optimizer_of_a_class_that_transformers_knows_otherwise(tmp_path, data):
+    folder = tiny.save_model(tmp_path / "start", "llama")
+    (folder / "llama_code.py").write_text(LACKING)
+    content = json.loads((folder / "config.json").read_text())
+    content["auto_map"] = {"AutoModelForCausalLM": "llama_code.LlamaForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(content))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    trained = tmp_path / "trained"
+    oracle = training.loop(model, "llama", trained, adam)
+    assert "model.norm.weight" not in read(trained)
+    succeed("--model", trained, "--optimizer", trained, "--trust-remote-code")
+    assert_same_fishers(fisher_of(trained), oracle.in_files(model, trained))
 
 
 def test_refused_without_the_flag(tmp_path, data):

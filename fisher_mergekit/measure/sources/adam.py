@@ -25,10 +25,15 @@ from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.measured import Measured
 from fisher_mergekit.measure.sources.optimizer import AdamState, Moment, find_state, read_state
 from fisher_mergekit.measure.sources.order import assign
-from fisher_mergekit.measure.subject import Subject, check_tensors, load_subject, read_config
+from fisher_mergekit.measure.subject import (
+    Subject,
+    check_tensors,
+    load_subject,
+    outline,
+    read_config,
+)
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Settings
-from fisher_mergekit.sidecar.layout import skeleton
 from fisher_mergekit.sidecar.writer import check_writable
 
 LOG = logging.getLogger(__name__)
@@ -67,13 +72,14 @@ def prepare(job: Job) -> PreparedState:
             "only. Measure the adapter on data."
         )
     checkpoint = job.checkpoint()
-    config, architecture = read_config(job.folder, trust_remote_code=job.trust_remote_code)
+    trusted = job.trust_remote_code
+    config, architecture = read_config(job.folder, trust_remote_code=trusted)
     likelihood = likelihood_for(architecture, config)
-    check_tensors(config, architecture, checkpoint)
+    check_tensors(config, architecture, checkpoint, trust_remote_code=trusted)
     place = Path(job.calibration.optimizer or "")
     _check_weights(find_state(place), checkpoint)
     state = read_state(place)
-    model = skeleton(config, architecture)
+    model = outline(config, architecture, trust_remote_code=trusted)
     if model is not None:
         assign(state, model)
     check_writable(job.out)
