@@ -118,10 +118,7 @@ def write_factors(made: Described, *, out: Path | None = None, **changes: object
         {
             "settings": Settings.model_validate(settings),
             "calibration": {"path": "made-up"},
-            "weights": {
-                name: WeightRecord(dtype=i.dtype, shape=i.shape, digest=i.digest())
-                for name, i in described.items()
-            },
+            "weights": {name: WeightRecord.of(i) for name, i in described.items()},
             "tensors": describe(made.stored, [n for n, t in made.stored.items() if t.ndim > 1]),
             "factors": made.factors,
             "unmeasured": {

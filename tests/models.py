@@ -202,10 +202,7 @@ def write_fishers(
     measurement = Measurement(
         settings=Settings.model_validate({**base, **settings}),
         calibration={"path": "made-up"},
-        weights={
-            name: WeightRecord(dtype=i.dtype, shape=i.shape, digest=i.digest())
-            for name, i in checkpoint.items()
-        },
+        weights={name: WeightRecord.of(i) for name, i in checkpoint.items()},
         tensors=describe(fishers),
         unmeasured=unmeasured or {},
     )

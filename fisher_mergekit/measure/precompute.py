@@ -171,7 +171,9 @@ def _write(job: Job, kind: str, measured: Measured, seconds: float) -> Header:
     identity = ModelIdentity(
         reference=job.reference, revision=job.revision, architecture=subject.architecture
     )
-    return write_sidecar(job.out, kind, identity, measurement, tensors, shard_size=job.shard_size)
+    return write_sidecar(
+        job.out, kind, identity, measurement, tensors, weights=records, shard_size=job.shard_size
+    )
 
 
 def _from_data(prepared: Prepared, progress: Progress) -> Measured:

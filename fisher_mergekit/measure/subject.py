@@ -68,13 +68,8 @@ class Subject:
         return list(dict.fromkeys(parameters[n] for group in self.groups for n in group.targets))
 
     def weight_records(self) -> dict[str, WeightRecord]:
-        """Return the identity of every measured tensor, as it is in the files."""
-        measured = {source.name for group in self.groups for source in group.sources}
-        return {
-            name: WeightRecord(dtype=info.dtype, shape=info.shape, digest=info.digest())
-            for name, info in self.checkpoint.items()
-            if name in measured
-        }
+        """Return the identity of every tensor in the files, measured or not."""
+        return {name: WeightRecord.of(info) for name, info in self.checkpoint.items()}
 
     def on_disk(self, values: MutableMapping[nn.Parameter, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield every measured tensor's name in the files, and its values in its shape there.

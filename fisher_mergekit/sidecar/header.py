@@ -16,6 +16,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fisher_mergekit.errors import SidecarError
+from fisher_mergekit.sidecar.checkpoint import TensorInfo
 
 FORMAT = "fisher_mergekit.sidecar"
 FORMAT_VERSION = 1
@@ -48,6 +49,11 @@ class WeightRecord(_Record):
     dtype: str
     shape: tuple[int, ...]
     digest: str
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> WeightRecord:
+        """Return the record of a tensor in the files; of a large one samples are read."""
+        return cls(dtype=info.dtype, shape=info.shape, digest=info.digest())
 
 
 class PrecisionRecord(_Record):

@@ -89,6 +89,7 @@ def write_sidecar(
     measurement: Measurement,
     tensors: Mapping[str, torch.Tensor],
     *,
+    weights: Mapping[str, WeightRecord] | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Header:
     """Write one kind into a sidecar folder; other kinds of the same weights stay.
@@ -99,6 +100,8 @@ def write_sidecar(
     Args:
         folder: the sidecar folder; made if missing.
         tensors: measured tensors on the CPU, by their names in the checkpoint.
+        weights: all of the model's, by which a kind that describes none of this one's is known to
+            be of the same; None if there are no more than those that are measured.
         shard_size: largest file in bytes.
 
     Raises:
@@ -107,7 +110,7 @@ def write_sidecar(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder), _partial_files(folder) as partials:
-            kept = _other_kinds(folder, kind, model, measurement)
+            kept = _other_kinds(folder, kind, weights or measurement.weights)
             header = Header(model=model, kinds={**kept, kind: measurement})
             new = _write_shards(folder, kind, header, tensors, shard_size)
             new[HEADER_NAME] = header.to_json() + "\n"
@@ -134,7 +137,7 @@ def write_sidecar(
 
 
 def _other_kinds(
-    folder: Path, kind: str, model: ModelIdentity, measurement: Measurement
+    folder: Path, kind: str, weights: Mapping[str, WeightRecord]
 ) -> dict[str, Measurement]:
     """Return what else the folder holds of the very same weights; kinds describe more or fewer."""
     try:
@@ -146,7 +149,7 @@ def _other_kinds(
     return {
         name: other
         for name, other in header.kinds.items()
-        if name != kind and _agree(other.weights, measurement.weights)
+        if name != kind and _agree(other.weights, weights)
     }
 
 

@@ -80,10 +80,7 @@ def make(folder: Path, sizes: Mapping[str, Any]) -> None:
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}
     write_sparse(folder, "model", shapes, "BF16")
-    weights = {
-        name: WeightRecord(dtype=info.dtype, shape=info.shape, digest=info.digest())
-        for name, info in Checkpoint(folder).items()
-    }
+    weights = {name: WeightRecord.of(info) for name, info in Checkpoint(folder).items()}
     sidecar = folder / "sidecar"
     sidecar.mkdir()
     matrices = [n for n, shape in shapes.items() if len(shape) == 2 and "embed" not in n]

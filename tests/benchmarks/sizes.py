@@ -200,10 +200,7 @@ def make(size: Size, folder: Path, seed: int) -> None:
     measurement = Measurement(
         settings=Settings(estimator="sampled", unit="sequence", likelihood="causal_lm"),
         calibration={},
-        weights={
-            name: WeightRecord(dtype=info.dtype, shape=info.shape, digest=info.digest())
-            for name, info in Checkpoint(folder).items()
-        },
+        weights={name: WeightRecord.of(info) for name, info in Checkpoint(folder).items()},
         tensors=describe(fishers),
     )
     identity = ModelIdentity(reference=str(folder), architecture="LlamaForCausalLM")

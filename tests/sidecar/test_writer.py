@@ -16,7 +16,7 @@ from sidecars import KIND, measurement, open_and_load, rewrite_header, values, w
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.sidecar import writer
-from fisher_mergekit.sidecar.header import Header
+from fisher_mergekit.sidecar.header import Header, ModelIdentity, WeightRecord
 from fisher_mergekit.sidecar.location import holding, reading_places, writing_place
 from fisher_mergekit.sidecar.reader import Sidecar, checksum, read_header
 
@@ -106,6 +106,24 @@ class TestTwoKinds:
         page = (folder / "README.md").read_text()
         assert "`fisher`" in page
         assert "`gram`" in page
+
+    @pytest.mark.parametrize("digest", ["same", "other"])
+    def test_kinds_of_different_tensors_of_a_model(self, tmp_path, digest):
+        """A training of biases alone leaves Adam no state of the matrices that a Gram describes."""
+        known = {
+            name: WeightRecord(dtype="F32", shape=(4,), digest=which)
+            for name, which in (("bias", "same"), ("weight", digest))
+        }
+        for kind, name, record in (
+            (KIND, "weight", known["weight"].model_copy(update={"digest": "same"})),
+            ("gram", "bias", known["bias"]),
+        ):
+            tensors = {name: torch.ones(4)}
+            described = measurement(tensors).model_copy(update={"weights": {name: record}})
+            identity = ModelIdentity(reference="./made-up", architecture="MadeUp")
+            writer.write_sidecar(tmp_path, kind, identity, described, tensors, weights=known)
+        expected = {"gram", KIND} if digest == "same" else {"gram"}
+        assert set(read_header(tmp_path).kinds) == expected
 
     def test_a_kind_of_other_weights_is_disowned(self, tmp_path):
         folder = write(tmp_path / "s", "gram")
