@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from models import Tensors, read
 
 from fisher_mergekit import startup
@@ -71,6 +76,27 @@ def merged(recipe: dict, out: Path, **options: object) -> Tensors:
         MergeOptions.model_validate({**defaults, **options}),
     )
     return read(out)
+
+
+def planned(recipe: dict, **options: object) -> list[Task]:
+    """Plan a merge that stays in memory; return its tasks."""
+    config = MergeConfiguration.model_validate(recipe)
+    chosen = MergeOptions.model_validate(options)
+    LoaderCache().setup(chosen)
+    info = get_architecture_info(config, chosen)
+    first = config.base_model or config.referenced_models()[0]
+    return MergePlanner(config, info, chosen, first.config()).plan_in_memory()
+
+
+def scheduled(tasks: Sequence[Task]) -> list[Task]:
+    """Return all tasks in the order in which mergekit runs them."""
+    return [handle.task() for handle in Executor(tasks, "cpu", "cpu").schedule.tasks]
+
+
+def run_planned(tasks: Sequence[Task]) -> Tensors:
+    """Run planned tasks and return the tensors of the model that they make."""
+    done = Executor(tasks).run(quiet=True)
+    return {task.weight_info.name: tensor for task, tensor in done}
 
 
 def assert_close(found: Tensors, expected: Tensors, **tolerance: float) -> None:

@@ -24,7 +24,8 @@ _SOURCE_KEYS = (
     "path", "name", "split", "data_files", "text", "messages", "image", "choices", "label",
     "shuffle", "optimizer",
 )  # fmt: skip
-"""Calibration keys that say which data; recorded in the header."""
+"""Calibration keys that say which data; recorded in the header. `streaming` is one where examples
+are drawn: those of a stream come from the library's buffer."""
 
 
 OF_GRADIENTS = ("estimator", "unit", "mask_prompt")
@@ -126,7 +127,7 @@ def _differences(job: Job, kind: str, measurement: Measurement) -> list[str]:
     source = source_of(asked)
     pairs: dict[str, tuple[Any, Any]] = {
         "sidecar_dtype": (settings.dtype, asked.sidecar_dtype),
-        **{key: (recorded.get(key), source.get(key)) for key in _SOURCE_KEYS},
+        **{key: (recorded.get(key), source.get(key)) for key in (*_SOURCE_KEYS, "streaming")},
     }
     if asked.optimizer is None:  # whose state is what it is
         pairs |= {
@@ -162,6 +163,8 @@ def source_of(calibration: Calibration) -> dict[str, Any]:
         for key, value in calibration.model_dump(mode="json").items()
         if key in _SOURCE_KEYS and value is not None
     }
+    if calibration.shuffle and calibration.streaming:
+        source["streaming"] = True
     if calibration.path is not None:
         source["path"] = str(Path(calibration.path))  # ./x and x are one file
     if calibration.path is not None and Path(calibration.path).is_file():

@@ -1,4 +1,8 @@
-"""What planning has opened or built, for the tasks of the same merge."""
+"""What planning has opened or built, for the tasks of the same merge.
+
+It is kept until the next merge is planned: a process that merges all day, such as an evolution's,
+does not hold the files of all its merges.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,14 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+_everything: list[Planned[Any]] = []
+
+
+def forget() -> None:
+    """Forget what was made for other merges; their tasks that are still to run make it again."""
+    for planned in _everything:
+        planned.made.clear()
 
 
 class Planned(Generic[T]):
@@ -16,17 +28,25 @@ class Planned(Generic[T]):
 
     Args:
         make: what makes one.
+
+    Attributes:
+        made: all of this merge.
     """
 
     def __init__(self, make: Callable[..., T]):
         self._make = make
-        self._made: dict[tuple[Any, ...], T] = {}
+        self.made: dict[tuple[Any, ...], T] = {}
+        _everything.append(self)
 
     def anew(self, *key: Any) -> T:
         """Make it, whatever was made before."""
-        self._made[key] = self._make(*key)
-        return self._made[key]
+        return self.keep(self._make(*key), *key)
+
+    def keep(self, made: T, *key: Any) -> T:
+        """Keep what somebody else has made."""
+        self.made[key] = made
+        return made
 
     def again(self, *key: Any) -> T:
         """Return what was made last."""
-        return self._made[key] if key in self._made else self.anew(*key)
+        return self.made[key] if key in self.made else self.anew(*key)

@@ -20,6 +20,7 @@ from fisher_mergekit.merging import (
     depth,
     exclude,
     output,
+    planned,
     priors,
     settings,
     sidecars,
@@ -75,6 +76,7 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     Raises:
         PlanningError: everything that is wrong, before any weight is merged.
     """
+    planned.forget()
     config = planner.config
     describe_by_output(planner)
     sliced = is_sliced(config)  # before mergekit turns everything into slices

@@ -36,12 +36,13 @@ may be one of the models, too, and has another scale there."""
 OPENED = Planned(Sidecar)
 """The sidecars of this merge, by path and kind."""
 
-_remedies: dict[tuple[Path, str], Remedy] = {}
+_REMEDIES: Planned[Remedy | None] = Planned(lambda path, kind: None)
+"""What mends them; nothing where nobody planned."""
 
 
 def remedy_of(path: Path, kind: str) -> str:
     """Return the command that measures again what was opened, or nothing where nobody planned."""
-    found = _remedies.get((path, kind))
+    found = _REMEDIES.again(path, kind)
     return "" if found is None else f" {found.again}"
 
 
@@ -134,7 +135,7 @@ def open_checked(
     Returns:
         The sidecar, or None if it is of no use; and what is wrong with it.
     """
-    _remedies[path, kind] = remedy
+    _REMEDIES.keep(remedy, path, kind)
     try:
         sidecar = OPENED.anew(path, kind)
     except SidecarError as error:  # missing or damaged

@@ -137,6 +137,19 @@ class TestARecipe:
         assert "Measured 0 of 1 models" in succeed("--model", bert)
         assert "max_length was 5, now 6" in refuse("--model", bert, "--max-length", "6")
 
+    def test_examples_drawn_from_a_stream_are_others(self, bert, data, tmp_path):
+        """In order they are the same."""
+        calibration = {"path": str(data), "text": "text"}
+        for drawn in (False, True):
+            path = write_recipe(tmp_path, bert, calibration={**calibration, "shuffle": drawn})
+            succeed(path, "--force")
+            streamed = {**calibration, "shuffle": drawn, "streaming": True}
+            write_recipe(tmp_path, bert, calibration=streamed)
+            if drawn:
+                assert "streaming was None, now True" in refuse(path)
+                succeed(path, "--force")
+            assert "Measured 0 of 1 models" in succeed(path)
+
     def test_one_file_spelt_in_two_ways_is_one_file(self, bert, data, monkeypatch):
         monkeypatch.chdir(data.parent)
         succeed(*flags(bert, data.name))

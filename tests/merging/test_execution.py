@@ -16,17 +16,13 @@ import transformers
 import yaml
 from factors import make_described, merged_model
 from mergekit import multigpu_executor
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 from models import make_measured, read
-from running import assert_close, command, merged, recipe_of
+from running import assert_close, command, merged, planned, recipe_of, run_planned, scheduled
 
 from fisher_mergekit.errors import FisherMergekitError, PlanningError, SidecarError
 from fisher_mergekit.merging import tasks
@@ -114,15 +110,9 @@ def test_the_same_bits(recipes, tmp_path, method, flag):
 )
 def test_what_is_read_to_an_accelerator(recipes, method, flags, device):
     """The models, if they are to."""
-    config = MergeConfiguration.model_validate(recipes[method][0])
-    options = MergeOptions(**flags)
-    LoaderCache().setup(options)
-    info = get_architecture_info(config, options)
-    planner = MergePlanner(config, info, options, config.base_model.config())
-    executor = Executor(planner.plan_in_memory(), "cpu", "cpu")
-    planned = [handle.task() for handle in executor.schedule.tasks]
-    loads = [t for task in planned if isinstance(task, Together) for t in task.tasks]
-    thetas = [task for task in (*planned, *loads) if isinstance(task, LoadTheta)]
+    tasks = scheduled(planned(recipes[method][0], **flags))
+    loads = [t for task in tasks if isinstance(task, Together) for t in task.tasks]
+    thetas = [task for task in (*tasks, *loads) if isinstance(task, LoadTheta)]
     assert thetas
     assert {task.device for task in thetas} == {device}
 
@@ -208,18 +198,9 @@ def test_several_accelerators(recipes, tmp_path, devices, monkeypatch, method, o
 def test_no_tensor_is_made_where_the_device_is_not_said(recipes, tmp_path):
     """A worker of `--multi-gpu` has its own default device; here it holds no numbers at all."""
     for recipe, plain in recipes.values():
-        config = MergeConfiguration.model_validate(recipe)
-        options = MergeOptions()
-        planner = MergePlanner(
-            config,
-            get_architecture_info(config, options),
-            options,
-            transformers.AutoConfig.from_pretrained(recipe["base_model"]),
-        )
-        planned = planner.plan_in_memory()
+        tasks = planned(recipe)
         with torch.device("meta"):
-            done = {t.weight_info.name: value for t, value in Executor(planned).run(quiet=True)}
-        assert_same(done, plain)
+            assert_same(run_planned(tasks), plain)
 
 
 def test_rows_of_tokens_are_numbered_on_the_cpu(tmp_path):

@@ -6,13 +6,8 @@ import pytest
 import torch
 import transformers
 from factors import make_described, mean, merged_matrix, merged_model
-from mergekit.architecture import get_architecture_info
-from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from models import make_measured, random_fishers, read, write_fishers
-from running import assert_close, merged, mergekit_yaml, recipe_of
+from running import assert_close, merged, mergekit_yaml, planned, recipe_of, scheduled
 
 from fisher_mergekit.merging.loading import Together
 from fisher_mergekit.merging.tasks import SharedTask
@@ -230,23 +225,11 @@ def test_few_rows_dead_inputs_and_half_precision(tmp_path, kind):
         torch.testing.assert_close(found[name][:, 3], column.bfloat16())
 
 
-def schedule_of(config, model):
-    options = MergeOptions()
-    config = MergeConfiguration.model_validate(config)
-    planner = MergePlanner(
-        config,
-        get_architecture_info(config, options),
-        options,
-        transformers.AutoConfig.from_pretrained(model),
-    )
-    return [handle.task() for handle in Executor(planner.plan_in_memory()).schedule.tasks]
-
-
 @both_kinds
 def test_shared_inputs_are_loaded_and_factorised_once(tmp_path, kind, monkeypatch):
     """q, k and v get the same inputs, gate and up too; and what they share is soon let go."""
     models = pair_of(tmp_path, kind=kind)
-    tasks = schedule_of(recipe(models), models[0].folder)
+    tasks = scheduled(planned(recipe(models)))
     shared = [task for task in tasks if isinstance(task, SharedTask)]
     assert len(shared) == 2 * 4 + 1  # (qkv, o, gate and up, down) in two layers; the head
     first = next(t for t in shared if "layers.0.self_attn.q_proj" in t.inputs[0].name)
@@ -271,7 +254,7 @@ def test_shared_inputs_are_loaded_and_factorised_once(tmp_path, kind, monkeypatc
 def test_layers_of_other_lambdas_do_not_share(tmp_path):
     models = pair_of(tmp_path)
     rule = [{"filter": "k_proj", "value": 5}, {"value": 1}]
-    tasks = schedule_of(recipe(models, lambdas=[1, rule]), models[0].folder)
+    tasks = scheduled(planned(recipe(models, lambdas=[1, rule])))
     shared = [task for task in tasks if isinstance(task, SharedTask)]
     assert len(shared) == 2 * 5 + 1
     found = merged(recipe(models, lambdas=[1, rule]), tmp_path / "out")

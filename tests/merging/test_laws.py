@@ -6,14 +6,10 @@ import merge_oracle
 import pytest
 import torch
 import transformers
-from mergekit.architecture import get_architecture_info
-from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor
-from mergekit.io.tasks import LoaderCache
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from models import make_measured, make_model, random_fishers, read, rewrite, write_fishers
-from running import assert_close, merged, recipe_of
+from running import assert_close, merged, planned, recipe_of, run_planned, scheduled
+
+from fisher_mergekit.merging import files, sidecars
 
 
 @pytest.fixture(scope="module")
@@ -267,18 +263,20 @@ def test_output_dtype(pair, tmp_path, tops):
 
 
 def test_plan_in_memory_as_evolution_does(pair, tmp_path):
-    config = MergeConfiguration.model_validate(recipe_of(*pair[0]))
-    options = MergeOptions()
-    LoaderCache().setup(options)
-    planner = MergePlanner(
-        config,
-        get_architecture_info(config, options),
-        options,
-        transformers.AutoConfig.from_pretrained(pair[0][0]),
-    )
-    tasks = planner.plan_in_memory()
-    found = {t.weight_info.name: value for t, value in Executor(tasks).run(quiet=True)}
-    assert_close(found, oracle(pair, [1, 1]))
+    assert_close(run_planned(planned(recipe_of(*pair[0]))), oracle(pair, [1, 1]))
+
+
+def test_merges_that_are_planned_before_any_of_them_runs(pair, tmp_path):
+    """And what is open for one is not kept for all that follow in this process."""
+    other = make_measured(tmp_path / "other", "llama", seed=3)
+    recipe = recipe_of(pair[0][0], other[0])
+    first, second = planned(recipe_of(*pair[0])), planned(recipe)
+    assert_close(run_planned(first), oracle(pair, [1, 1]))
+    mixed = [list(x) for x in zip([x[0] for x in pair], other, strict=True)]
+    assert_close(run_planned(second), oracle(mixed, [1, 1]))
+    planned(recipe)
+    assert {str(model) for (model,) in files.OPENED.made} == {str(pair[0][0]), str(other[0])}
+    assert len(sidecars.OPENED.made) == 2
 
 
 def test_executor_finishes_one_tensor_before_the_next(tmp_path):
@@ -287,16 +285,7 @@ def test_executor_finishes_one_tensor_before_the_next(tmp_path):
     b = make_model(tmp_path / "b", "gpt2", seed=2)
     rewrite(b, {name.removeprefix("transformer."): t for name, t in read(b).items()})
     write_fishers(b, random_fishers(b, 2))
-    config = MergeConfiguration.model_validate(recipe_of(a, b))
-    options = MergeOptions()
-    planner = MergePlanner(
-        config,
-        get_architecture_info(config, options),
-        options,
-        transformers.AutoConfig.from_pretrained(a),
-    )
-    schedule = Executor(planner.plan_in_memory()).schedule.tasks
-    labels = [handle.task().group_label() for handle in schedule]
+    labels = [task.group_label() for task in scheduled(planned(recipe_of(a, b)))]
     changes = sum(x != y for x, y in itertools.pairwise(labels))
     assert changes == len(set(labels)) - 1
 
