@@ -191,8 +191,8 @@ def _raise_failure(method: str, failure: Exception) -> "NoReturn":
     raise kind(
         f"Merge method {method!r} is not available: fisher_mergekit could not attach itself to "
         f"mergekit{_mergekit_version()} ({type(failure).__name__}: {failure}). Other methods are "
-        "not affected. Reinstall both with: "
-        'pip install --force-reinstall --no-deps fisher_mergekit "mergekit>=0.1.5,<0.2" '
+        "not affected. Install fisher_mergekit again as it was installed, and mergekit with: "
+        'pip install --force-reinstall --no-deps "mergekit>=0.1.5,<0.2" '
         f"(or set {OFF_SWITCH}=1 to switch fisher_mergekit off)."
     ) from failure
 

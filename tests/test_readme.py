@@ -20,9 +20,21 @@ PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "do
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)|src=\"([^\"]+)\"", text)
+    links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text)
     for link in filter(None, (part for pair in links for part in pair)):
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        place = page.parent / name if name else page
+        assert place.exists(), link
+        assert not anchor or anchor in anchors(place), link
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

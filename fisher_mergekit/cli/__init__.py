@@ -1,4 +1,4 @@
-"""Floor 5: `mergekit-fisher`, one file a subcommand.
+"""`mergekit-fisher`, one file a subcommand.
 
 Subcommands are imported when they are called, so that `--help` answers at once. To add one, write
 `NAME.py` here with a click command called NAME, and its line below.

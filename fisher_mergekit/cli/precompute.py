@@ -51,7 +51,8 @@ _CALIBRATION_FLAGS = (
     ("--optimizer", "optimizer", str,
      "Instead of data: a training's optimizer.pt, or its folder; Adam's second moment is taken."),
     ("--estimator", "estimator", click.Choice(get_args(Estimator)),
-     "Where y comes from.  [default: exact for classifiers, sampled for language models]"),
+     "Where y comes from.  [default: exact where an example has one label, several or a number, "
+     "sampled where it has many places: token classes, answers, language]"),
     ("--unit", "unit", click.Choice(get_args(Unit)), "Whose gradient is squared whole."),
     ("--examples", "examples", int, "Use the first N examples.  [default: 4096]"),
     ("--max-length", "max_length", int, "Cut examples to this many tokens.  [default: 512]"),

@@ -1,4 +1,4 @@
-"""Floor 3b, the mergekit wing: our merge methods inside plain `mergekit-yaml`.
+"""Our merge methods inside plain `mergekit-yaml`.
 
     install.py    registers the methods, and wraps mergekit's planning and its model card
     method.py     the object that mergekit's registry holds: parameters, and a refusal

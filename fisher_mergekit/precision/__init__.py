@@ -1,4 +1,4 @@
-r"""Floor 1, the mathematics: pure functions on tensors.
+r"""The mathematics: pure functions on tensors.
 
 Merging maximises the joint likelihood of the models' posteriors. Model i's posterior is a Gaussian
 with mean θᵢ and precision matrix Cᵢ; λᵢ says how much model i counts. The best θ solves

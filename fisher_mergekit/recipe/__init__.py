@@ -1,7 +1,7 @@
 """A mergekit recipe plus our keys, validated.
 
-One file serves two commands. `mergekit-yaml` reads mergekit's part and ignores the rest; this room
-reads all of it, and refuses what mergekit would drop in silence: unknown and misspelt keys.
+One file serves two commands. `mergekit-yaml` reads mergekit's part and ignores the rest; here all
+of it is read, and what mergekit would drop in silence is refused: unknown and misspelt keys.
 
     written.py       the recipe's text, and what YAML loses of it
     blocks.py        the recipe's mappings, as written and as mergekit understands them

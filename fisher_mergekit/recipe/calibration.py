@@ -53,7 +53,8 @@ class Calibration(BaseModel):
     """What a model is measured on, and how: the recipe's `calibration` block.
 
     `path`, `name`, `split`, `data_files` and `streaming` mean what they mean in
-    `datasets.load_dataset`; a path that is a local .jsonl, .csv or .parquet file just works.
+    `datasets.load_dataset`; a path that is a local .jsonl, .json, .csv, .tsv, .parquet or .txt file
+    just works.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

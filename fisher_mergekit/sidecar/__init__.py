@@ -1,4 +1,4 @@
-"""Floor 2, the paper: what was measured of a model, on disk.
+"""What was measured of a model, on disk.
 
     sidecar/
       header.json               provenance (`header.py`)

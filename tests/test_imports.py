@@ -1,6 +1,7 @@
-"""The house stands: imports go downward only, and what every Python start touches is light."""
+"""Imports go downward only, what every Python start touches is light, and the maps are whole."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,45 +14,35 @@ ROOT = Path(fisher_mergekit.__file__).parent
 PACKAGE = "fisher_mergekit"
 
 BELOW = {
-    "__init__": {"errors"},
+    "__init__": set(),
     "startup": {"errors", "merging"},
     "errors": set(),
     "methods": set(),
     "shell": set(),
-    "precision": {"errors"},
+    "precision": set(),
     "recipe": {"errors", "methods"},
-    "sidecar": {"errors", "methods", "precision"},
-    "measure": {"errors", "methods", "recipe", "precision", "sidecar"},
+    "sidecar": {"errors", "methods"},
+    "measure": {"errors", "recipe", "precision", "sidecar"},
     "merging": {"errors", "methods", "shell", "recipe", "precision", "sidecar"},
-    "study": {"errors", "methods", "recipe", "precision", "sidecar", "measure", "merging"},
-    "cli": {
-        "errors",
-        "methods",
-        "shell",
-        "recipe",
-        "precision",
-        "sidecar",
-        "measure",
-        "merging",
-        "study",
-    },
+    "study": {"errors", "precision", "sidecar"},
+    "cli": {"errors", "methods", "shell", "recipe", "sidecar", "measure", "study"},
 }
-"""What each room may import, besides itself."""
+"""What each sub-package, and each module beside them, imports of the others."""
 
 
-def room(path):
-    """Return the room that a file belongs to: a sub-package, or a module of its own."""
+def owner(path):
+    """Return what a file belongs to: a sub-package, or the module that it is."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path):
-    """Yield the rooms that a file imports anywhere, inside functions too."""
+def imported(path):
+    """Yield what a file imports of ours anywhere, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: write imports in full"
-            # `from fisher_mergekit import errors` names its room behind the import.
+            # `from fisher_mergekit import errors` names it behind the import.
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
@@ -65,25 +56,34 @@ def imported_rooms(path):
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_downward(path):
-    here = room(path)
-    allowed = {here, "__init__", *BELOW[here]}  # anybody may ask for the version
-    wrong = set(imported_rooms(path)) - allowed
-    assert not wrong, f"{here} may not import {sorted(wrong)}"
+@pytest.mark.parametrize("name", BELOW)
+def test_each_imports_what_is_said_here(name):
+    """And nothing else; anybody may ask for the version."""
+    found = {one for path in FILES if owner(path) == name for one in imported(path)}
+    assert found - {name, "__init__"} == BELOW[name]
 
 
-def test_every_room_is_there():
-    assert {room(path) for path in FILES} == set(BELOW)
+def test_everything_is_said_here():
+    assert {owner(path) for path in FILES} == set(BELOW)
 
 
-def test_measuring_and_merging_meet_only_at_the_sidecar():
-    assert "merging" not in BELOW["measure"]
-    assert "measure" not in BELOW["merging"]
+@pytest.mark.parametrize("name", ["measure", "merging", "precision", "recipe", "sidecar", "study"])
+def test_a_sub_package_s_map_names_all_that_is_in_it(name):
+    """By its file's name, or as `kind` in a table."""
+    text = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8")))
+    said = set(re.findall(r"(?<![\w.])\w+(?:\.py|/(?=\s))", text)) - {f"{name}/"}
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / name).iterdir()
+        if not path.name.startswith("__")
+    }
+    assert said <= there, sorted(said - there)
+    missing = there - said - {f"{word}.py" for word in re.findall(r"`(\w+)`", text)}
+    assert not missing, sorted(missing)
 
 
-def test_floors_have_no_cycle():
-    """Rooms can be put in an order in which each imports earlier ones only."""
+def test_imports_have_no_cycle():
+    """There is an order in which each imports earlier ones only."""
     left = {name: set(below) for name, below in BELOW.items()}
     while left:
         free = {name for name, below in left.items() if not below & left.keys()}
@@ -110,7 +110,7 @@ def test_the_package_itself_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_measuring_floor_needs_no_planner():
+def test_measuring_needs_no_planner():
     code = (
         "import sys, fisher_mergekit.measure, fisher_mergekit.sidecar\n"
         "assert 'mergekit.plan' not in sys.modules"
