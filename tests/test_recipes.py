@@ -15,6 +15,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import dense_oracle
 import merge_oracle
 import pandas
 import pytest
@@ -30,7 +31,7 @@ from tokenizers_of_words import WORDS, give_tokenizer
 
 from fisher_mergekit.cli.precompute import precompute
 from fisher_mergekit.methods import METHODS
-from fisher_mergekit.precision import fisher, solve
+from fisher_mergekit.precision import fisher
 from fisher_mergekit.sidecar.location import reading_places
 from fisher_mergekit.sidecar.reader import Sidecar
 
@@ -180,28 +181,41 @@ def expected_tensors(recipe: dict, inputs: list[Input]) -> Tensors:
         mine = [n for n in rest if n in sidecars[0].weights]
         if kind != "fisher":  # a table of tokens is merged otherwise, unless the recipe says so
             mine = [n for n in mine if "embed" not in n]
-        options: dict = {}
-        if kind != "gram":
-            options["scales"] = [scale(sidecar, mine) for sidecar in sidecars]
-        if parameters.get("favor_base"):
-            options["favor"] = 0
+        scales = [scale(sidecar, mine) for sidecar in sidecars]
+        favor = 0 if parameters.get("favor_base") else None
         for name in mine:
-            merged[name] = solve(
-                kind,
-                [x.weights[name] for x in inputs],
-                [tuple(map(s.load, s.stored(name))) for s in sidecars],
-                [x.lam(name) for x in inputs],
-                **options,
-            )
+            thetas, lambdas = [x.weights[name] for x in inputs], [x.lam(name) for x in inputs]
+            stored = [list(map(s.load, s.stored(name))) for s in sidecars]
+            if kind == "fisher":
+                fishers = [values for (values,) in stored]
+                merged[name] = merge_oracle.merge_tensor(
+                    thetas, fishers, lambdas, scales, favor=favor
+                )
+            else:
+                merged[name] = by_factors(kind, thetas, stored, lambdas, scales)
         rest = [n for n in rest if n not in mine]
     for name in rest:
-        merged[name] = solve(
-            "identity",
-            [x.weights[name] for x in inputs],
-            [()] * len(inputs),
-            [x.lam(name) for x in inputs],
-        )
+        lambdas = [x.lam(name) for x in inputs]
+        weighted = [lam * x.weights[name].double() for lam, x in zip(lambdas, inputs, strict=True)]
+        merged[name] = sum(weighted) / sum(lambdas)
     return merged
+
+
+def by_factors(
+    kind: str,
+    thetas: list[torch.Tensor],
+    stored: list[list[torch.Tensor]],
+    lambdas: list[float],
+    scales: list[float],
+) -> torch.Tensor:
+    """Merge a linear layer by its factors, with each Cᵢ written down whole."""
+    matrices = [
+        dense_oracle.gram(thetas[0].shape, factors, lam)
+        if kind == "gram"
+        else dense_oracle.kfac(thetas[0].shape, factors, lam, scale=size)
+        for factors, lam, size in zip(stored, lambdas, scales, strict=True)
+    ]
+    return dense_oracle.solution(matrices, thetas)
 
 
 def scale(sidecar: Sidecar, names: list[str]) -> float:
