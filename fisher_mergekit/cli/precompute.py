@@ -243,7 +243,7 @@ def _requests(
     *,
     quiet: bool,
 ) -> list[tuple[ModelReference, Path | None, tuple[str, ...], Calibration]]:
-    """Return (model, sidecar if named, kind, calibration) of everything that is asked for."""
+    """Return (model, sidecar if named, kinds, calibration) of everything that is asked for."""
     if recipe_path is None:
         if model is None:
             raise RecipeError(

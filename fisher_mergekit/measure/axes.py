@@ -23,7 +23,8 @@ SHARED = "shared"
 """One row for all examples."""
 
 Reading: TypeAlias = str | tuple[str, int]
-"""`ROWS`, `SHARED`, or (name of an input, n): the rows are n times (-n: one nth of) its entries."""
+"""`ROWS`, `SHARED`, or (name of an input, n): n > 0 for n rows an entry of that input, n < 0 for
+one row each |n| entries."""
 
 
 class NoExamples(Exception):

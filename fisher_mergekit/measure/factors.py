@@ -58,8 +58,8 @@ class Factors:
             of experts.
         is_alone: examples come alone, so that there is no padding to be told from rows.
         sign: of what is added; -1 to compare.
-        misread: while it is verified how rows are read, groups of which a pass did not fit; else
-            that is an error.
+        misread: while it is verified how rows are read, the groups whose number of rows did not
+            match. None at other times, when a mismatch raises.
     """
 
     def __init__(self, parameters: Mapping[nn.Parameter, Any], *, outputs: bool = False):

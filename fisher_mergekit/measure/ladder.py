@@ -148,9 +148,9 @@ class Ladder:
         self._remove(layer, short)
         if name in self._layers and not _is_local(self._layers[name]):
             for other in list(layer.parameters):  # the module has one rule only
-                path_of = layer.parameters[other]
+                moved = layer.parameters[other]
                 self._remove(layer, other)
-                self._at_local(name).parameters[other] = path_of
+                self._at_local(name).parameters[other] = moved
         self._at_local(name).parameters[path] = parameter
 
     def _at_local(self, name: str) -> TappedLayer:

@@ -203,10 +203,11 @@ def choose(
 def scales_of(merged: Sequence[Slot], ways: Mapping[str, Way], opened: Opened) -> dict[Key, float]:
     """Return each precision's root mean square over everything that is merged by its kind.
 
-    Tensors in which several models have a part count, also with a lambda of 0: it makes no leap. A
-    source that several outputs share is one tensor of the model, and counts once; so does one
-    that the files hold under two names. The scale is that of the tensors in the files, whatever is
-    made of them. It is 1 for a sidecar that describes nothing of what is merged.
+    Every tensor that two or more models contribute to counts, also at lambda 0, so that the scale
+    does not jump as a lambda reaches 0. A source that several outputs share is one tensor of the
+    model, and counts once; so does one that the files hold under two names. The scale is computed
+    from the tensors as stored, before transformers repacks them. It is 1 for a sidecar that
+    describes nothing of what is merged.
     """
     scales = {}
     all_sources = {

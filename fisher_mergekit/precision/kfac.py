@@ -14,10 +14,10 @@ diagonal in one basis (that of their pencil), and then so is the sum of two prod
 equation is solved in such a basis, with the sum's diagonal as the preconditioner; two models need
 one step. The inputs' basis serves all layers that share them.
 
-An element of which all models know far less than of those that the bases mix it with is lost there.
-So the solution is refined in the weight's own coordinates, where the elements' own diagonal stands
-in the preconditioner too. Not where some directions are left out as rounding: only the bases have
-those apart.
+Weights that every model knows little about can be lost to rounding in that basis, which mixes them
+with others. So the solution is refined in the weights' own coordinates, where their own diagonal
+stands in the preconditioner too. This is left out where directions were dropped as rounding, for
+only the basis tells those from the others.
 """
 
 from __future__ import annotations

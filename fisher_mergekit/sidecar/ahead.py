@@ -18,7 +18,7 @@ BEHIND = 1 << 26
 """Bytes behind a tensor that are read with it: files have tensors in their names' order, in which
 they are merged, too."""
 AT_ONCE = 1 << 23
-"""Bytes that are read at a time, before it is looked at what has been asked for meanwhile."""
+"""Bytes read in one step; between two steps the thread looks for new requests."""
 ADVISED = 1 << 17
 """Bytes that Linux may read ahead at once; it cuts longer advice down to its own limit."""
 CRUMB = 1 << 16
