@@ -24,7 +24,7 @@ from fisher_mergekit.measure.inputs import Inputs, Use
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import OneInput, Unfit, own_parameters
 from fisher_mergekit.measure.passes import Passes
-from fisher_mergekit.measure.probe import TOLERANCE, differ, row, spread
+from fisher_mergekit.measure.probe import TOLERANCE, FirstBatches, spread
 from fisher_mergekit.measure.scaling import Overflow, all_finite, fitting, halved, is_half, scaled
 from fisher_mergekit.measure.sites import Backward, Site
 from fisher_mergekit.measure.tapped import TappedLayer, installed
@@ -58,7 +58,7 @@ class Listening:
         self._is_plain = False
         self._scale = 1.0
         self._is_half = is_half(passes.model.parameters())
-        self._compared: set[object] = set()
+        self._first = FirstBatches(passes.logits)
         for name, module in passes.model.named_modules():
             rule = layer_for(module)
             own = {n: p for n, p in own_parameters(module).items() if p in factors.parameters}
@@ -76,7 +76,7 @@ class Listening:
             for index in range(len(batch)):
                 self._pass(batch.single(index))
             return
-        if self._is_moved(batch):
+        if self._first.is_moved(batch):
             raise Unaligned("padding, or what else is in a batch, moves its predictions")
         self._pass(batch)
 
@@ -98,7 +98,7 @@ class Listening:
         batch = self._passes.placed(unplaced)
         if self.factors.has_outputs and self._passes.likelihood.is_causal:
             check_causal(self._passes.logits, batch, type(self._passes.model).__name__)
-        self._compared.clear()
+        self._first.begin()
         self.factors.is_alone = False
         try:
             self._trace(batch)
@@ -170,20 +170,6 @@ class Listening:
     def _trace(self, batch: Batch) -> None:
         with self.factors.tracing(), torch.no_grad():
             self._forward(batch)
-
-    def _is_moved(self, batch: Batch) -> bool:
-        """Return whether the first full batch of a form predicts otherwise than its examples."""
-        form = batch.examples[0].form
-        if form in self._compared or len(batch) == 1:
-            return False
-        with torch.no_grad():
-            logits = self._passes.logits(batch)
-            for index in sorted({0, len(batch) // 2, len(batch) - 1}):
-                alone = self._passes.logits(batch.single(index))
-                if differ(row(logits, index, alone), alone):
-                    return True
-        self._compared.add(form)
-        return False
 
     def _pass(self, batch: Batch) -> None:
         with torch.set_grad_enabled(self.factors.has_outputs):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fisher_mergekit.measure.batches import Example, by_length
+from fisher_mergekit.measure.batches import Batch, Example, by_length
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.2, torch.float16: 0.05}
 """Relative difference, by the model's dtype, above which two computations disagree."""
@@ -42,6 +42,44 @@ def differ(logits: Tensor, alone: Tensor) -> bool:
     logits, alone = logits.where(finite, 0), alone.where(finite, 0)
     rounding = 50 * torch.finfo(alone.dtype).eps
     return rms(logits - alone) > max(TOLERANCE[alone.dtype] * rms(alone), rounding)
+
+
+class FirstBatches:
+    """The first full batch of each form, compared with its examples alone.
+
+    The few examples of a verification may be too few to tell: experts that take no more than so
+    many of a batch's tokens are full, or the form is another.
+
+    Args:
+        logits_of: runs the model on a batch.
+    """
+
+    def __init__(self, logits_of: Callable[[Batch], Tensor]):
+        self._logits_of = logits_of
+        self._compared: set[object] = set()
+
+    def begin(self) -> None:
+        """Compare all forms anew."""
+        self._compared.clear()
+
+    def is_moved(self, batch: Batch, logits: Tensor | None = None) -> bool:
+        """Return whether it is its form's first, and predicts otherwise than its examples alone.
+
+        Args:
+            batch: of a run.
+            logits: the batch's, if they are known.
+        """
+        form = batch.examples[0].form
+        if form in self._compared or len(batch) == 1:
+            return False
+        with torch.no_grad():
+            together = self._logits_of(batch) if logits is None else logits.detach()
+            for index in sorted({0, len(batch) // 2, len(batch) - 1}):
+                alone = self._logits_of(batch.single(index))
+                if differ(row(together, index, alone), alone):
+                    return True
+        self._compared.add(form)  # by now: memory can run out above
+        return False
 
 
 def rms(x: Tensor) -> float:

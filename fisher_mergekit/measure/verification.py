@@ -19,7 +19,7 @@ from fisher_mergekit.measure.batches import Batch, Example, collate
 from fisher_mergekit.measure.causality import check_causal
 from fisher_mergekit.measure.passes import Passes
 from fisher_mergekit.measure.plain import add_single_squares, requiring_grad, roundings
-from fisher_mergekit.measure.probe import TOLERANCE, differ, rms, row, spread
+from fisher_mergekit.measure.probe import TOLERANCE, FirstBatches, differ, rms, row, spread
 from fisher_mergekit.measure.taps import Irregular, Taps
 
 ROUNDINGS = 50
@@ -39,7 +39,7 @@ class Verification:
     def __init__(self, passes: Passes, taps: Taps):
         self._passes = passes
         self._taps = taps
-        self._compared: set[object] = set()
+        self._first = FirstBatches(passes.logits)
 
     def run(self, examples: Sequence[Example]) -> None:
         """Compare batches and rules with plain autograd on single examples, and seal the taps.
@@ -48,7 +48,7 @@ class Verification:
             MeasureError: a language model that sees the tokens that it predicts; a model that
                 fails on an example alone.
         """
-        self._compared.clear()
+        self._first.begin()
         batch = self._passes.placed(collate(spread(examples, 3), self._passes.pad_token_id))
         try:
             if self._passes.likelihood.is_causal:
@@ -63,22 +63,11 @@ class Verification:
         self._taps.seal()
 
     def is_moved(self, batch: Batch, logits: Tensor) -> bool:
-        """Loosen all, and return true, if a form's first full batch predicts otherwise than alone.
-
-        The three examples of the verification may be too few for it: experts that take no more
-        than so many of a batch's tokens are full, or the form is another.
-        """
-        form = batch.examples[0].form
-        if form in self._compared or len(batch) == 1:
+        """Loosen all, and return true, if a first full batch predicts otherwise than alone."""
+        if not self._first.is_moved(batch, logits):
             return False
-        with torch.no_grad():
-            for index in sorted({0, len(batch) // 2, len(batch) - 1}):
-                alone = self._passes.logits(batch.single(index))
-                if differ(row(logits.detach(), index, alone), alone):
-                    self._taps.loosen_all(_MOVED)
-                    return True
-        self._compared.add(form)  # by now: memory can run out above
-        return False
+        self._taps.loosen_all(_MOVED)
+        return True
 
     def check_alone(self, batch: Batch) -> None:
         """Raise MeasureError if the model fails on an example alone, plainly: it is not the rules.
