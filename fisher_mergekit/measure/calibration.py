@@ -88,7 +88,8 @@ def _load_dataset(calibration: Calibration) -> Any:
         if Path(path).suffix.lower() == ".tsv":
             options["sep"] = "\t"
         if builder == "text":
-            options["sample_by"] = "paragraph"  # a line may be empty; what it parts is not
+            # A line may be empty; what it parts is not. Windows' editors begin a file with a mark.
+            options |= {"sample_by": "paragraph", "encoding": "utf-8-sig"}
         path, options["data_files"] = str(builder), path
     elif (Path(path) / "state.json").is_file():  # a data set's own save_to_disk
         path, options["data_files"] = "arrow", sorted(map(str, Path(path).glob("*.arrow")))
@@ -97,7 +98,8 @@ def _load_dataset(calibration: Calibration) -> Any:
     level = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
     try:
-        return datasets.load_dataset(path, **options)
+        data = datasets.load_dataset(path, **options)
+        return data.filter(_has_text) if builder == "text" else data
     except Exception as error:  # the library raises its own, the hub's, the file formats', …
         known = Path(path).exists() or path in LOCAL_BUILDERS.values() or path == "arrow"
         raise CalibrationError(
@@ -106,6 +108,11 @@ def _load_dataset(calibration: Calibration) -> Any:
         ) from error
     finally:
         datasets.utils.logging.set_verbosity(level)
+
+
+def _has_text(record: Mapping[str, Any]) -> bool:
+    """Whether a paragraph is one: more empty lines at the end of a file than one are not."""
+    return bool(record["text"].strip())
 
 
 def _check_file(path: Path, calibration: Calibration) -> None:

@@ -6,6 +6,7 @@ head makes of them, and of the labels, it says itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from fisher_mergekit.measure.batches import Example
 from fisher_mergekit.measure.calibration import Row
 from fisher_mergekit.measure.images import pixels
 from fisher_mergekit.recipe import Calibration
+
+LOG = logging.getLogger(__name__)
 
 _INPUTS = ("input_ids", "token_type_ids")
 
@@ -213,6 +216,13 @@ def encode(rows: Sequence[Row], encoder: Encoder, head: Head) -> list[Example]:
 def _check_room(encoder: Encoder) -> None:
     """Refuse a length that special tokens fill: nothing, or all of the text, would be measured."""
     calibration = encoder.calibration
+    if encoder.length < calibration.max_length and "max_length" in calibration.model_fields_set:
+        LOG.warning(
+            "max_length: %d tokens are more than this model or its tokenizer takes; examples are "
+            "cut to %d.",
+            calibration.max_length,
+            encoder.length,
+        )
     if calibration.messages is not None:
         return  # a chat template adds its own
     pair = isinstance(calibration.text, tuple) or calibration.choices is not None
@@ -226,7 +236,7 @@ def _check_room(encoder: Encoder) -> None:
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """Return how many tokens the model has positions for."""
+    """Return how many tokens the model has positions for, and its tokenizer says it takes."""
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     if "roberta" in config.model_type and config.pad_token_id is not None:
         positions -= config.pad_token_id + 1  # RoBERTa counts positions from there

@@ -58,7 +58,8 @@ class TestSources:
         assert rows == [Row((r["text"], r["pair"]), None, r["label"]) for r in ROWS]
 
     def test_a_text_file_has_a_paragraph_an_example(self, tmp_path):
-        (tmp_path / "data.txt").write_text("one\nand a half\n\ntwo\n\n\nthree\n")
+        text = "\ufeffone\nand a half\n\ntwo\n\n\nthree\n\n\n"  # with a mark of UTF-8
+        (tmp_path / "data.txt").write_text(text, encoding="utf-8")
         texts = [row.text.strip() for row in load(tmp_path / "data.txt")]
         assert texts == ["one\nand a half", "two", "three"]
 
