@@ -40,6 +40,7 @@ from fisher_mergekit.measure.subject import (
 from fisher_mergekit.measure.units import unit_for
 from fisher_mergekit.precision.statistics import INPUTS, OUTPUTS, SQUARES
 from fisher_mergekit.sidecar.header import NONE, Header, Measurement, ModelIdentity, Settings
+from fisher_mergekit.sidecar.location import FOLDER_NAME
 from fisher_mergekit.sidecar.writer import check_writable, describe, write_sidecar
 
 Progress = Callable[[int, int], Any]
@@ -72,9 +73,12 @@ def prepare(job: Job) -> Prepared | PreparedState:
     """
     calibration = job.calibration
     if job.out.suffix == ".safetensors":
+        folder = job.out.parent
+        if (folder / "config.json").is_file():  # a model's own
+            folder /= FOLDER_NAME
         raise SidecarError(
             f"{job.out} is no valid sidecar, and one file is not what is written: name the folder, "
-            f"`sidecar: {job.out.parent}`."
+            f"`sidecar: {folder}`."
         )
     if calibration.optimizer is not None:
         return prepare_state(job)

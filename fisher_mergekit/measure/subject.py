@@ -163,10 +163,11 @@ def check_tensors(
     for group in _match(model, checkpoint)[0]:
         for source in group.sources:
             if not checkpoint.load(source.name).isfinite().all():
+                made = [name for name in group.targets if name != source.name]
+                of = f" ({', '.join(made)})" if made else ""
                 raise MeasureError(
-                    f"{source.name} in {source.file} holds NaN or infinity "
-                    f"({', '.join(group.targets)}). Nothing that is computed with this model "
-                    "means anything; save it again from a sound copy."
+                    f"{source.name} in {source.file} holds NaN or infinity{of}. Nothing that is "
+                    "computed with this model means anything; save it again from a sound copy."
                 )
 
 

@@ -10,44 +10,16 @@ from collections.abc import Iterable, Sequence
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration, OutputSliceDefinition
+from mergekit.config import MergeConfiguration
 
 from fisher_mergekit.errors import CheckpointError, nearest, some
 from fisher_mergekit.merging import exclude, output
 from fisher_mergekit.merging.files import Files
 from fisher_mergekit.merging.slots import Slot, without
 from fisher_mergekit.merging.vocabulary import Vocabulary
-from fisher_mergekit.recipe import parameter_problems
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-"""What a merge can be written in."""
+from fisher_mergekit.recipe import slices_of
 
 _LAYER = re.compile(r"\.\d+(?=\.)")
-
-
-def recipe(config: MergeConfiguration) -> list[str]:
-    """Check what can be seen in the recipe alone; `config` is as the user wrote it."""
-    problems = parameter_problems(config)
-    for models in _model_lists(config):
-        problems += [
-            f"{model} is listed twice in one merge; list it once, with the sum of its lambdas."
-            for model in _repeated(models)
-        ]
-    problems += [
-        f"{model} is twice in one slice, and mergekit tells inputs apart by their names only. To "
-        "merge layers of one model with each other, spell its folder in two ways: "
-        f"{model} and {str(model).rstrip('/')}/."
-        for piece in _slices(config)
-        for model in _repeated([source.model for source in piece.sources])
-    ]
-    for key in ("dtype", "out_dtype"):
-        problems += _dtype_problems(key, getattr(config, key))
-    if (config.parameters or {}).get("exclude") and config.base_model is None:
-        problems.append(
-            "`exclude:` takes the excluded tensors from base_model, and the recipe names none. "
-            "Add `base_model:` at the top."
-        )
-    return problems
 
 
 def walk(config: MergeConfiguration, architecture: ModelArchitecture) -> list[str]:
@@ -59,7 +31,14 @@ def walk(config: MergeConfiguration, architecture: ModelArchitecture) -> list[st
         for name in config.modules or {}
         if name not in known
     ]
-    pieces = _slices(config)
+    absent = [name for name in known if config.modules and name not in config.modules]
+    if absent and not problems:
+        problems.append(
+            f"`modules:` says nothing of {', '.join(absent)}, so the merged model would lack it; "
+            f"mergekit has {', '.join(known)} in a model of this kind. Add what is missing, with "
+            "`models:` to merge all of it."
+        )
+    pieces = slices_of(config)
     problems += [
         f"layer_range [{start}, {stop}] of {source.model}: it goes from the first layer, counted "
         "from 0, to the one behind the last."
@@ -71,27 +50,6 @@ def walk(config: MergeConfiguration, architecture: ModelArchitecture) -> list[st
     if ranges and all(start == stop for start, stop in ranges):
         problems.append("the slices make no layer at all; give one of them a longer `layer_range`.")
     return problems
-
-
-def _model_lists(config: MergeConfiguration) -> list[list[ModelReference]]:
-    lists = [config.models, *(module.models for module in (config.modules or {}).values())]
-    return [[entry.model for entry in models] for models in lists if models]
-
-
-def _slices(config: MergeConfiguration) -> list[OutputSliceDefinition]:
-    slices = list(config.slices or [])
-    return [*slices, *(s for m in (config.modules or {}).values() for s in m.slices or ())]
-
-
-def _repeated(models: Sequence[ModelReference]) -> list[str]:
-    return sorted({str(model) for model in models if models.count(model) > 1})
-
-
-def _dtype_problems(key: str, name: str | None) -> list[str]:
-    # mergekit also reads torch.float32, and writes a config.json that transformers cannot load.
-    if name is None or name in DTYPES:
-        return []
-    return [f"{key}: {name!r} is not one of {', '.join(DTYPES)}."]
 
 
 def tensors(
@@ -131,8 +89,7 @@ def tensors(
             has_base=base is not None,
         )
 
-    problems = exclude.unmatched(patterns, [slot.name for slot in slots])
-    problems += _not_in_base(slots)
+    problems = _not_in_base(slots)
 
     merged = [s for s in slots if not s.excluded]
     if slots and not any(slot.is_floating for slot in merged):

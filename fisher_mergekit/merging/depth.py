@@ -39,13 +39,6 @@ def settle(
         files: the models', with their own configurations.
     """
     problems = []
-    absent = [name for name in architecture.modules if name not in modules]
-    if absent:
-        problems.append(
-            f"`modules:` says nothing of {', '.join(absent)}, so the merged model would lack it; "
-            f"mergekit has {', '.join(architecture.modules)} in a model of this kind. Add what is "
-            "missing, with `models:` to merge all of it."
-        )
     for name, module in modules.items():
         slices = module.slices or []
         made = sum(_length(piece) for piece in slices)

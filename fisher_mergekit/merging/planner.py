@@ -44,7 +44,7 @@ from fisher_mergekit.merging.ways import (
     scales_of,
 )
 from fisher_mergekit.methods import ALLOW_MIXED, METHODS
-from fisher_mergekit.recipe import exclude_patterns
+from fisher_mergekit.recipe import exclude_patterns, recipe_problems
 from fisher_mergekit.sidecar.layout import text_of
 
 LOG = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     config = planner.config
     describe_by_output(planner)
     sliced = is_sliced(config)  # before mergekit turns everything into slices
-    problems = Problems([*command.dropped(), *checks.recipe(config)])
-    patterns = problems.of(exclude_patterns(config))
+    problems = Problems([*command.dropped(), *recipe_problems(config)])
+    patterns, _ = exclude_patterns(config)
     stray = checks.walk(config, planner.arch_info)
     if stray:
         raise PlanningError([*problems, *stray])
@@ -94,6 +94,8 @@ def plan(planner: MergePlanner, walk: Callable[[], None]) -> None:
     files = problems.of(slots.open_files(records))
     tokens = problems.of(vocabulary.find(planner))
     outputs = slots.find_slots(records, files, patterns, aligns=tokens.changes)
+    named = [slot.name for slot in outputs] + slots.unwritten(records, outputs, files)
+    problems += exclude.unmatched(patterns, named)
     problems += vocabulary.problems_of(outputs, tokens)
     head = output.task_head([slot.name for slot in outputs], planner.out_model_config)
     problems += checks.tensors(outputs, patterns, config.base_model, files, head, tokens)
@@ -163,11 +165,13 @@ def warn_of_head(
     config: MergeConfiguration,
 ) -> None:
     """Tell of a task head that is merged like all else, and how to keep it out."""
-    if any(slot.is_merged and len(slot.sources) > 1 for slot in outputs if slot.name in head):
+    shared = [slot.name for slot in outputs if slot.is_merged and len(slot.sources) > 1]
+    merged = [name for name in head if name in shared]
+    if merged:
         LOG.warning(
             "The task head is merged too (%s), which makes sense only for models of one task and "
             "the same labels. %s",
-            ", ".join(head),
+            ", ".join(merged),
             exclude.advice(
                 head,
                 [slot.name for slot in outputs],

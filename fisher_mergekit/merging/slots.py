@@ -136,6 +136,23 @@ def find_slots(
     return [slot for slot in found if slot is not None]
 
 
+def unwritten(records: Iterable[Record], made: Sequence[Slot], files: Files) -> list[str]:
+    """Return the output tensors that are left out although a model has them itself.
+
+    Such as a head that is excluded, and that base_model has tied.
+    """
+    names = {slot.name for slot in made}
+    return [
+        record.weight.name
+        for record in records
+        if record.weight.name not in names
+        and any(
+            model in files and files[model].holds(weight)
+            for model, weight in zip(record.models, record.weights_in, strict=True)
+        )
+    ]
+
+
 def by_model(sources: Iterable[Source]) -> dict[ModelReference, list[Source]]:
     """Return each model's sources."""
     found: dict[ModelReference, list[Source]] = {}

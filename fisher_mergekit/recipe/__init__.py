@@ -8,6 +8,7 @@ of it is read, and what mergekit would drop in silence is refused: unknown and m
     calibration.py   `calibration`, of the recipe or of a model: what to measure on, and how
     parameters.py    `parameters`: lambda, weight and sidecar of a model; the method's own; exclude
     dropped.py       keys that have no effect where they stand
+    mistakes.py      what is wrong with it, as far as it alone tells
     reading.py       the whole recipe, as the measuring step reads it
 """
 
@@ -21,11 +22,8 @@ from fisher_mergekit.recipe.calibration import (
     Unit,
     read_calibration,
 )
-from fisher_mergekit.recipe.parameters import (
-    exclude_patterns,
-    parameter_blocks,
-    parameter_problems,
-)
+from fisher_mergekit.recipe.mistakes import recipe_problems, slices_of
+from fisher_mergekit.recipe.parameters import exclude_patterns, parameter_blocks
 from fisher_mergekit.recipe.reading import (
     Recipe,
     RecipeModel,
@@ -47,8 +45,9 @@ __all__ = [
     "exclude_patterns",
     "measured_as",
     "parameter_blocks",
-    "parameter_problems",
     "parse_config",
     "read_calibration",
     "read_recipe",
+    "recipe_problems",
+    "slices_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import iter_modules
@@ -96,6 +97,13 @@ _EXPECTED = {
 }
 
 
+def home_problems(key: str, value: object) -> list[str]:
+    """Refuse a path with a shell's short form of the home folder, which nobody lengthens here."""
+    if not isinstance(value, str) or not value.startswith("~"):
+        return []
+    return [f"{key}: {value}: only a shell knows ~; write {os.path.expanduser(value)}."]
+
+
 def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibration:
     """Combine calibration blocks, later ones over earlier ones.
 
@@ -129,6 +137,11 @@ def read_calibration(*layers: Mapping[str, Any] | None, where: str) -> Calibrati
             for key in _SOURCES:  # a chat of one model's own replaces the others' text
                 merged.pop(key, None)
         merged |= layer
+    for key in ("path", "optimizer"):
+        for problem in home_problems(key, merged.get(key)):
+            raise RecipeError(f"{where}: {problem}")
+        if merged.get(key) == "":
+            raise RecipeError(f"{where}: {key} is empty; leave it out, or name a file.")
     try:
         return Calibration.model_validate(merged)
     except ValidationError as error:

@@ -17,7 +17,8 @@ from fisher_mergekit.methods import METHODS
 from fisher_mergekit.recipe.blocks import Block, blocks
 from fisher_mergekit.recipe.calibration import Calibration, Kind, read_calibration
 from fisher_mergekit.recipe.dropped import NEAR, dropped_keys
-from fisher_mergekit.recipe.parameters import parameter_problems, shared_values, values_of
+from fisher_mergekit.recipe.mistakes import recipe_problems
+from fisher_mergekit.recipe.parameters import shared_values, values_of
 from fisher_mergekit.recipe.written import Written, read_text
 
 
@@ -63,7 +64,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{nearest(config.merge_method, METHODS, cutoff=NEAR)} "
             f"Methods that do: {', '.join(METHODS)}."
         )
-    problems = [*dropped_keys(config, written), *parameter_problems(config)]
+    problems = [*dropped_keys(config, written), *recipe_problems(config)]
     if problems:
         raise PlanningError([f"{path}: {problem}" for problem in problems])
     prior = _prior(config)

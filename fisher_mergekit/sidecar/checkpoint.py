@@ -174,6 +174,22 @@ class Checkpoint(Mapping[str, TensorInfo]):
                     f"{min(missing)}; the index and the shards do not belong together."
                 )
             self._infos |= infos
+        self._check_alone()
+
+    def _check_alone(self) -> None:
+        """Refuse another model's whole file beside the shards: the older one of two in a folder."""
+        whole = self.folder / f"{self.stem}.safetensors"
+        if not whole.exists() or any(info.file == whole for info in self._infos.values()):
+            return
+        others = read_tensor_infos(whole)
+        for name in sorted(others.keys() | self.keys()):
+            same = name in others and name in self
+            if not same or others[name].digest() != self[name].digest():
+                raise CheckpointError(
+                    f"{self.folder} holds two models, and {name} differs: {whole.name}, which "
+                    f"transformers reads, and the shards of {whole.name}.index.json, which "
+                    "mergekit reads. Remove the older one."
+                )
 
     def _files(self) -> dict[Path, set[str] | None]:
         """Map each file to the names that the index promises in it (None without an index)."""

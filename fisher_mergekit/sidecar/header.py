@@ -197,7 +197,7 @@ class Header(_Record):
                     f"{where} is corrupt: its content is not what was written (checksum differs)."
                 )
             return cls.model_validate(content)
-        except (ValueError, AttributeError, ValidationError) as error:
+        except (ValueError, AttributeError, ValidationError, RecursionError) as error:
             raise SidecarError(f"{where} is not a readable sidecar header ({error}).") from error
 
 

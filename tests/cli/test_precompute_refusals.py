@@ -125,6 +125,18 @@ class TestBadInput:
              "is not readable YAML: day is out of range for month"),
             ("merge_method: fisher\nmodels: [{model: a+b+c}]",
              "is not a mergekit recipe: Can't parse a+b+c"),
+            ("merge_method: fisher\nmodels: [{model: ./a}]\ndtype: fp16",
+             "dtype: 'fp16' is not one of float32, float16, bfloat16, float64."),
+            ("merge_method: fisher\nmodels: [{model: ./a}, {model: ./a}]",
+             "./a is listed twice in one merge"),
+            ("merge_method: fisher\nmodels: [{model: ./a}]\nparameters: {exclude: [head]}",
+             "the recipe names none. Add `base_model:`"),
+            ("merge_method: fisher\nmodels: [{model: ./a, parameters: {sidecar: ~/side}}]",
+             f"sidecar: ~/side: only a shell knows ~; write {Path.home()}/side."),
+            ("merge_method: fisher\nmodels: [{model: ./a, calibration: {path: ~/texts.txt}}]",
+             f"path: ~/texts.txt: only a shell knows ~; write {Path.home()}/texts.txt."),
+            ("merge_method: fisher\nmodels: [{model: ./a, calibration: {path: ''}}]",
+             "path is empty; leave it out, or name a file."),
         ],
     )  # fmt: skip
     def test_recipe(self, tmp_path, text, phrase):
@@ -132,6 +144,19 @@ class TestBadInput:
         if text is not None:
             path.write_text(text)
         assert phrase in refuse(path)
+
+    def test_an_adapter_alone_is_nothing_to_merge(self, tmp_path, bert, data):
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text("{}")
+        calibration = {"path": str(data), "text": "text"}
+        said = refuse(write_recipe(tmp_path, bert, adapter, calibration=calibration))
+        assert f"{adapter} is an adapter alone, which mergekit does not merge." in said
+        assert f"before it: MODEL+{adapter}." in said
+
+    def test_a_model_s_own_file_as_sidecar(self, tmp_path, bert, data):
+        said = refuse(*flags(bert, data, "--out", bert / "model.safetensors"))
+        assert f"name the folder, `sidecar: {bert / 'sidecar'}`." in said
 
     def test_all_wrong_keys_are_told_at_once(self, tmp_path):
         path = tmp_path / "recipe.yml"

@@ -198,12 +198,15 @@ class TestModules:
         assert problem.startswith("`modules:` names 'encodr', but a model of this kind has ")
         assert problem.endswith("Did you mean 'encoder'?")
 
-    def test_a_module_is_left_out(self, pair, tmp_path):
+    @pytest.mark.parametrize("is_sliced", [False, True])
+    def test_a_module_is_left_out(self, pair, tmp_path, is_sliced):
         listed = {"models": [{"model": str(m[0])} for m in pair]}
         slices = {"slices": [piece((pair[0][0], 0, 2, 1))]}
+        decoder = slices if is_sliced else listed
         with pytest.raises(PlanningError) as info:
-            merged(self.recipe(encoder=listed, decoder=slices), tmp_path / "out")
-        assert any("`modules:` says nothing of shared" in p for p in info.value.problems)
+            merged(self.recipe(encoder=listed, decoder=decoder), tmp_path / "out")
+        (problem,) = info.value.problems
+        assert problem.startswith("`modules:` says nothing of shared, so the merged model would ")
 
 
 class TestInferred:

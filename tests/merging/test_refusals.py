@@ -497,5 +497,9 @@ def test_warning_of_a_merged_task_head(pair, tmp_path, caplog):
     assert "(classifier.bias, classifier.weight)" in record.message
     assert "the line `exclude: [classifier]`." in record.message
     caplog.clear()
+    merged({**recipe, "parameters": {"exclude": "classifier.bias"}}, tmp_path / "half")
+    (message,) = [r.message for r in caplog.records if "task head" in r.message]
+    assert "(classifier.weight)" in message
+    caplog.clear()
     merged({**recipe, "parameters": {"exclude": "classifier"}}, tmp_path / "2")
     assert not [r for r in caplog.records if "task head" in r.message]

@@ -8,7 +8,7 @@ import torch
 import transformers
 import yaml
 from models import make_measured, make_model, random_fishers, read, rewrite, write_fishers
-from running import assert_close, command, mergekit_yaml, recipe_of
+from running import assert_close, command, merged, mergekit_yaml, recipe_of
 
 HEADS = {
     "bert": ["classifier"],
@@ -81,6 +81,26 @@ def test_language_models_untied_and_tied(tmp_path, family):
     _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert "task head" not in process.stderr
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_an_excluded_head_is_as_base_model_has_it(tmp_path, is_tied):
+    """Also if it has none of its own, and its words' table is the head."""
+    options = [{"tie_word_embeddings": is_tied}, {"tie_word_embeddings": not is_tied}]
+    (a, theta_a, fisher_a), (b, theta_b, fisher_b) = (
+        make_measured(tmp_path / name, "llama", seed=i, **own)
+        for i, (name, own) in enumerate(zip("ab", options, strict=True))
+    )
+    head = "lm_head.weight"
+    assert (head in theta_a, head in theta_b) == (not is_tied, is_tied)
+    recipe = recipe_of(a, b, base_model=str(a), parameters={"exclude": [head]})
+    shared = sorted(theta_a.keys() & theta_b.keys())
+    expected = merge_oracle.merge([theta_a, theta_b], [fisher_a, fisher_b], [1.0, 1.0], shared)
+    assert_close(merged(recipe, tmp_path / "out"), {**theta_a, **expected})
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
 
 
 @pytest.mark.slow

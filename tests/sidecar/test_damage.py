@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sidecars import KIND, open_and_load, rewrite_header, write
 
 from fisher_mergekit.errors import CheckpointError, SidecarError, SidecarMissing
@@ -175,6 +177,27 @@ def test_a_damaged_index_is_told(tmp_path, content):
         Sidecar(folder, KIND)
 
 
+def test_of_a_whole_file_and_shards_one_is_another_model(tmp_path):
+    """As after two merges into one folder; mergekit reads the shards, transformers the file."""
+    tensors = {"a": torch.zeros(3), "b": torch.ones(3)}
+    save_file(tensors, tmp_path / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert set(Checkpoint(tmp_path)) == {"a", "b"}
+    for other in ({**tensors, "b": torch.zeros(3)}, {"a": tensors["a"]}):
+        save_file(other, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match="holds two models, and b differs"):
+            Checkpoint(tmp_path)
+
+
+def test_a_header_that_nests_without_end_is_told(tmp_path):
+    folder = write(tmp_path / "sidecar")
+    (folder / "header.json").write_text("[" * 100_000)
+    with pytest.raises(SidecarError, match="is not a readable sidecar header"):
+        read_header(folder)
+
+
 def test_an_index_cannot_point_out_of_its_folder(tmp_path):
     folder = write(tmp_path / "sidecar", shard_size=64)
     index = folder / "fisher.safetensors.index.json"
@@ -186,8 +209,6 @@ def test_an_index_cannot_point_out_of_its_folder(tmp_path):
 
 
 def test_a_safetensors_file_without_our_header_is_told(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.ones(2)}, tmp_path / FILE)
     with pytest.raises(SidecarError, match="has no header in its metadata"):
         read_header(tmp_path / FILE)
