@@ -26,6 +26,7 @@ def dense(rows, cols):
     return torch.einsum("bto,bti->boi", rows.double(), cols.double())
 
 
+@pytest.mark.slow
 def test_kernel_keeps_its_laws_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     run = subprocess.run(
