@@ -20,9 +20,9 @@ from fisher_mergekit.errors import (
     RecipeError,
 )
 from fisher_mergekit.measure.job import Job, missing_kinds
-from fisher_mergekit.measure.precompute import Prepared, prepare
 from fisher_mergekit.measure.precompute import precompute as measure
-from fisher_mergekit.measure.sources.adam import PreparedState
+from fisher_mergekit.measure.precompute import prepare
+from fisher_mergekit.measure.sources import Prepared
 from fisher_mergekit.recipe import (
     Attention,
     Calibration,
@@ -155,7 +155,7 @@ def precompute(
     }
     storage = Storage(transformers_cache, lora_merge_cache, lora_merge_dtype, trust_remote_code)
     valid: list[Job] = []
-    waiting: list[Prepared | PreparedState] = []
+    waiting: list[Prepared] = []
     problems: list[str] = []
     requests = _requests(recipe, model, out, overrides, quiet=quiet)
     for reference, given, default_kinds, calibration in requests:

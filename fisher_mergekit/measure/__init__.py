@@ -4,6 +4,7 @@ The way of the data:
 
     job.py           what is asked for, and whether it has been measured already
     precompute.py    a job -> its sidecar
+    sources/         … by passes over data, or of what an optimizer kept
     calibration.py   rows of a data set -> texts, pictures and labels
     labels.py        … labels -> numbers
     images.py        … pictures -> pixels
@@ -12,7 +13,6 @@ The way of the data:
     limits.py        how large a batch may be
     subject.py       a checkpoint -> the model, and what of it is which tensor in its files
     adapter.py       … and a PEFT adapter in the model that it was trained on
-    sources/         … or no data, but what an optimizer kept
     session.py       the loop that joins them
     measured.py      what comes out of it
     stored.py        what was measured -> what a sidecar holds of a kind

@@ -46,7 +46,8 @@ from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch, Example
 from fisher_mergekit.measure.job import Job
 from fisher_mergekit.measure.likelihoods import likelihood_for
-from fisher_mergekit.measure.precompute import Prepared, precompute, prepare
+from fisher_mergekit.measure.precompute import precompute, prepare
+from fisher_mergekit.measure.sources.data import PreparedData
 from fisher_mergekit.measure.subject import check_tensors, read_config
 from fisher_mergekit.recipe import Calibration
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
@@ -154,14 +155,14 @@ def measure(
     return prepare(job).examples
 
 
-def _prepared(architecture: str, job: Job) -> Prepared:
+def _prepared(architecture: str, job: Job) -> PreparedData:
     """Prepare what the command cannot read yet."""
     checkpoint = Checkpoint(job.folder)
     config, _ = read_config(job.folder)
     likelihood = likelihood_for(architecture, config)
     check_tensors(config, architecture, checkpoint)
     examples = [example(architecture, number) for number in range(len(LENGTHS))]
-    return Prepared(job, likelihood, likelihood.default_estimator, examples)
+    return PreparedData(job, likelihood, likelihood.default_estimator, examples)
 
 
 def _run(command: Command, words: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from fisher_mergekit.measure.job import Job, check_state_kinds
 from fisher_mergekit.measure.likelihoods import likelihood_for
 from fisher_mergekit.measure.likelihoods.base import Likelihood
 from fisher_mergekit.measure.measured import Measured
+from fisher_mergekit.measure.sources import Progress
 from fisher_mergekit.measure.sources.optimizer import AdamState, Moment, find_state, read_state
 from fisher_mergekit.measure.sources.order import assign
 from fisher_mergekit.measure.subject import (
@@ -34,7 +35,6 @@ from fisher_mergekit.measure.subject import (
 )
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import Settings
-from fisher_mergekit.sidecar.writer import check_writable
 
 LOG = logging.getLogger(__name__)
 
@@ -56,6 +56,33 @@ class PreparedState:
     job: Job
     likelihood: Likelihood
     state: AdamState
+
+    def measure(self, progress: Progress) -> Measured:
+        """Turn the state into a diagonal of the model's precision, in float32.
+
+        Raises:
+            FisherMergekitError: the model cannot be loaded, or holds other parameters.
+        """
+        job, state = self.job, self.state
+        config, _ = read_config(job.folder, trust_remote_code=job.trust_remote_code)
+        stored = getattr(config, "dtype", None)
+        subject = load_subject(
+            job.folder,
+            dtype=stored if isinstance(stored, torch.dtype) else torch.float32,
+            trust_remote_code=job.trust_remote_code,
+        )
+        moments = {n: m for n, m in assign(state, subject.model).items() if m is not None}
+        subject = _trained(subject, moments)
+        parameters = dict(subject.model.named_parameters())
+        values = {parameters[name]: moment.corrected() for name, moment in moments.items()}
+        settings = Settings(
+            estimator=ESTIMATOR,
+            unit=UNIT,
+            likelihood=self.likelihood.name,
+            compute_dtype=str(next(iter(moments.values())).values.dtype).removeprefix("torch."),
+            dtype=job.calibration.sidecar_dtype,
+        )
+        return Measured(subject, values, None, settings, _origin(state, config))
 
 
 def prepare(job: Job) -> PreparedState:
@@ -82,7 +109,6 @@ def prepare(job: Job) -> PreparedState:
     model = outline(config, architecture, trust_remote_code=trusted)
     if model is not None:
         assign(state, model)
-    check_writable(job.out)
     return PreparedState(job, likelihood, state)
 
 
@@ -106,34 +132,6 @@ def _check_weights(path: Path, checkpoint: Checkpoint) -> None:
             f"that checkpoint as the model, {path.parent}, or the optimizer of this one. To use "
             "it all the same, name a copy that stands alone."
         )
-
-
-def measure(prepared: PreparedState) -> Measured:
-    """Turn the state into a diagonal of the model's precision, in float32.
-
-    Raises:
-        FisherMergekitError: the model cannot be loaded, or holds other parameters than prepared.
-    """
-    job, state = prepared.job, prepared.state
-    config, _ = read_config(job.folder, trust_remote_code=job.trust_remote_code)
-    stored = getattr(config, "dtype", None)
-    subject = load_subject(
-        job.folder,
-        dtype=stored if isinstance(stored, torch.dtype) else torch.float32,
-        trust_remote_code=job.trust_remote_code,
-    )
-    moments = {n: m for n, m in assign(state, subject.model).items() if m is not None}
-    subject = _trained(subject, moments)
-    parameters = dict(subject.model.named_parameters())
-    values = {parameters[name]: moment.corrected() for name, moment in moments.items()}
-    settings = Settings(
-        estimator=ESTIMATOR,
-        unit=UNIT,
-        likelihood=prepared.likelihood.name,
-        compute_dtype=str(next(iter(moments.values())).values.dtype).removeprefix("torch."),
-        dtype=job.calibration.sidecar_dtype,
-    )
-    return Measured(subject, values, None, settings, _origin(state, config))
 
 
 def _trained(subject: Subject, moments: dict[str, Moment]) -> Subject:
