@@ -13,7 +13,7 @@ from models import Tensors, make_model, read
 
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import (
-    Factors,
+    FactorNames,
     Measurement,
     ModelIdentity,
     Settings,
@@ -34,7 +34,7 @@ class Described:
     folder: Path
     kind: str
     thetas: Tensors
-    factors: dict[str, Factors]
+    factors: dict[str, FactorNames]
     stored: Tensors
 
     def precision(self, name: str) -> tuple[torch.Tensor, ...]:
@@ -53,7 +53,7 @@ class Described:
         return write_factors(self, **changes)
 
 
-def factors_of(kind: str, thetas: Tensors) -> dict[str, Factors]:
+def factors_of(kind: str, thetas: Tensors) -> dict[str, FactorNames]:
     """Return the factors of every matrix of a model, by the habits of its architecture."""
     found = {}
     for name, theta in sorted(thetas.items()):
@@ -62,7 +62,7 @@ def factors_of(kind: str, thetas: Tensors) -> dict[str, Factors]:
         layer = name.split(".")[-2]
         transposed = ".h." in name or any(part in name for part in EMBEDDINGS)
         shared = name.replace(f".{layer}.", f".{SHARED.get(layer, layer)}.")
-        found[name] = Factors(
+        found[name] = FactorNames(
             inputs=f"{shared}.inputs",
             outputs=f"{name}.outputs" if kind == "kfac" else None,
             input_axis=-2 if transposed else -1,

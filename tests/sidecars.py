@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisher_mergekit.sidecar.header import (
     HEADER_NAME,
-    Factors,
+    FactorNames,
     Header,
     Measurement,
     ModelIdentity,
@@ -79,7 +79,7 @@ def write(
 def write_factors(
     folder: Path,
     tensors: dict[str, Tensor],
-    factors: dict[str, Factors],
+    factors: dict[str, FactorNames],
     shapes: dict[str, tuple[int, ...]],
     *,
     kind: str = "kfac",

@@ -22,7 +22,7 @@ ROWS = "rows"
 SHARED = "shared"
 """One row for all examples."""
 
-Reading: TypeAlias = str | tuple[str, int]
+AxisReading: TypeAlias = str | tuple[str, int]
 """`ROWS`, `SHARED`, or (name of an input, n): n > 0 for n rows an entry of that input, n < 0 for
 one row each |n| entries."""
 
@@ -57,12 +57,12 @@ class Axes:
                 sizes[name] = len(x)
         return cls(len(batch), batch.rows, sizes)
 
-    def readings(self, x: Tensor) -> list[Reading]:
+    def readings(self, x: Tensor) -> list[AxisReading]:
         """Return all that a tensor's first axis can be, the likeliest first."""
         if x.dim() == 0:
             return []
         n = len(x)
-        found: list[Reading] = []
+        found: list[AxisReading] = []
         if n == self.rows:
             found.append(ROWS)
         if n == 1:
@@ -87,7 +87,7 @@ class Axes:
             return x
         return x.reshape(self.examples, len(x) // self.examples, *x.shape[1:])
 
-    def part(self, x: Tensor, example: int, reading: Reading | None) -> Tensor:
+    def part(self, x: Tensor, example: int, reading: AxisReading | None) -> Tensor:
         """Return what one example alone would have; None reads a tensor as a constant."""
         if reading is None or reading == SHARED:
             return x

@@ -32,7 +32,7 @@ Encoded = tuple[dict[str, Tensor], Tensor | None, Tensor | None]
 """An example's `inputs`, `scored` and `outcome`."""
 
 
-class Reading(NamedTuple):
+class EncodedRow(NamedTuple):
     """What a row says, read by the model's tokenizer or image processor.
 
     Attributes:
@@ -84,11 +84,11 @@ class Encoder:
                 return int(token)
         return 0
 
-    def read(self, row: Row) -> Reading:
+    def read(self, row: Row) -> EncodedRow:
         """Return what a text, pair, chat or picture says."""
         if row.image is not None:
             values = pixels(row.image, self.processor, self.config)
-            return Reading({"pixel_values": values}, 0, torch.zeros(0, dtype=torch.bool))
+            return EncodedRow({"pixel_values": values}, 0, torch.zeros(0, dtype=torch.bool))
         if row.messages is not None:
             return self._chat(row.messages)
         if isinstance(row.text, list):
@@ -141,12 +141,12 @@ class Encoder:
             inputs.pop("token_type_ids", None)
         return inputs
 
-    def _reading(self, encoded: Any, prompt: int = 0) -> Reading:
+    def _reading(self, encoded: Any, prompt: int = 0) -> EncodedRow:
         known = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         ids = torch.tensor(encoded["input_ids"])
         added = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
         special = added | torch.isin(ids, torch.tensor([*known], dtype=torch.long))
-        return Reading(self.tensors(encoded), prompt, special)
+        return EncodedRow(self.tensors(encoded), prompt, special)
 
     def _prompt(self, encoded: Any, second: str | None) -> int:
         """Return where the second of a pair begins."""
@@ -163,7 +163,7 @@ class Encoder:
         sequence = encoded.sequence_ids(0)
         return next((i for i, part in enumerate(sequence) if part == 1), len(sequence))
 
-    def _chat(self, messages: Any) -> Reading:
+    def _chat(self, messages: Any) -> EncodedRow:
         """Render a chat; its prompt is everything before the last message."""
         if not self.tokenizer.chat_template:
             raise CalibrationError(

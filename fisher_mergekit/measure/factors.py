@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch
-from fisher_mergekit.measure.groups import Given, Group, Reading, Unaligned
+from fisher_mergekit.measure.groups import Given, Group, TokenReading, Unaligned
 from fisher_mergekit.measure.inputs import Inputs, Use, add_moment, fill_lower
 from fisher_mergekit.measure.probe import rms
 from fisher_mergekit.measure.readings import Masks
@@ -40,7 +40,7 @@ class _Call:
     parameter: nn.Parameter
     use: Use
     number: int
-    readings: list[tuple[Reading, ...]]
+    readings: list[tuple[TokenReading, ...]]
     given: Given
 
 

@@ -13,7 +13,7 @@ from fisher_mergekit.measure.inputs import Use
 ONCE = "once"
 """A reading: one row that is no example's own is not repeated for each of them."""
 
-Reading: TypeAlias = str | None
+TokenReading: TypeAlias = str | None
 """What says which tokens the rows of a call are: a mask's name, `ONCE`, or None: all are."""
 
 
@@ -65,13 +65,13 @@ class Group:
 
     leader: nn.Parameter
     use: Use
-    readings: list[list[tuple[Reading, ...]]] = field(default_factory=list)
+    readings: list[list[tuple[TokenReading, ...]]] = field(default_factory=list)
     choice: int = 0
     total: Tensor | None = None
     rows: Tensor | None = None
     given: list[Given] = field(default_factory=list)
 
-    def reading(self, call: int) -> tuple[Reading, ...]:
+    def reading(self, call: int) -> tuple[TokenReading, ...]:
         """Return what says which tokens the rows of a call are."""
         if call >= len(self.readings):
             raise Unaligned("a layer is called more often than before")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisher_mergekit.measure.groups import ONCE, Reading, Unaligned
+from fisher_mergekit.measure.groups import ONCE, TokenReading, Unaligned
 from fisher_mergekit.measure.inputs import Inputs
 
 
@@ -27,7 +27,7 @@ class Masks:
 
     masks: Mapping[str, Tensor]
 
-    def readings(self, inputs: Inputs, given: Tensor) -> list[tuple[Reading, ...]]:
+    def readings(self, inputs: Inputs, given: Tensor) -> list[tuple[TokenReading, ...]]:
         """Return all that may tell which tokens the rows are, the likeliest first.
 
         Those that say the same stand together.
@@ -35,7 +35,7 @@ class Masks:
         Args:
             given: what the layer was called with, before a row of all examples was repeated.
         """
-        found: list[tuple[Tensor, list[Reading]]] = []
+        found: list[tuple[Tensor, list[TokenReading]]] = []
         for reading in (*self.masks, None):
             mask = self._mask(reading, inputs)
             if mask is None:
@@ -48,7 +48,7 @@ class Masks:
         is_repeated = inputs.use.offsets is None and len(given) < len(inputs.x)
         return [tuple(alike) for _, alike in found] + [(ONCE,)] * is_repeated
 
-    def unpadded(self, inputs: Inputs, readings: tuple[Reading, ...]) -> Inputs | None:
+    def unpadded(self, inputs: Inputs, readings: tuple[TokenReading, ...]) -> Inputs | None:
         """Return the rows that are tokens; None if there are other rows than tokens.
 
         Args:
@@ -70,7 +70,7 @@ class Masks:
             return None
         return inputs if first is None or mask.all() else inputs.without(mask)
 
-    def _mask(self, reading: Reading, inputs: Inputs) -> Tensor | None:
+    def _mask(self, reading: TokenReading, inputs: Inputs) -> Tensor | None:
         """Return which rows a reading lets through; None if it does not fit."""
         if reading is None:
             return torch.ones(inputs.count, dtype=torch.bool, device=inputs.x.device)

@@ -14,8 +14,7 @@ from fisher_mergekit.measure.factors import Factors
 from fisher_mergekit.measure.measured import Measured
 from fisher_mergekit.precision import kind_for
 from fisher_mergekit.precision.statistics import INPUTS, OUTPUTS, Statistics
-from fisher_mergekit.sidecar.header import NOT_DESCRIBED
-from fisher_mergekit.sidecar.header import Factors as FactorNames
+from fisher_mergekit.sidecar.header import NOT_DESCRIBED, FactorNames
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from fisher_mergekit.measure.axes import Axes, NoExamples, Reading
+from fisher_mergekit.measure.axes import Axes, AxisReading, NoExamples
 from fisher_mergekit.measure.layers.base import Layer
 
 
@@ -31,7 +31,7 @@ class TappedLayer:
     rule: Layer
     parameters: dict[str, nn.Parameter]
     calls: int = 0
-    readings: dict[int, list[set[Reading]]] = field(default_factory=dict)
+    readings: dict[int, list[set[AxisReading]]] = field(default_factory=dict)
     settled: bool = False
     is_spread: bool = False
     original: Any = field(init=False)
@@ -44,7 +44,7 @@ class TappedLayer:
         else:
             self.original, self.forward = forward, self.module.forward
 
-    def read(self, axes: Axes, place: int, x: Tensor) -> Reading | None:
+    def read(self, axes: Axes, place: int, x: Tensor) -> AxisReading | None:
         """Return what an input's first axis is; None for a tensor that all examples share whole.
 
         Raises:

@@ -21,7 +21,7 @@ from fisher_mergekit.merging.sidecars import PRIOR_KIND, Key, squared_norm
 from fisher_mergekit.merging.slots import Slot, Source, by_model, part_names
 from fisher_mergekit.methods import EMBEDDINGS, OTHERS, Method
 from fisher_mergekit.precision.fisher import root_mean_square
-from fisher_mergekit.sidecar.header import Factors
+from fisher_mergekit.sidecar.header import FactorNames
 from fisher_mergekit.sidecar.reader import Sidecar
 
 Opened: TypeAlias = Mapping[Key, Sidecar]
@@ -54,7 +54,7 @@ class Way:
         return len(self.sources) == 1
 
     @property
-    def factors(self) -> list[Factors | None]:
+    def factors(self) -> list[FactorNames | None]:
         """Each source's factors; None for one that has none of its own."""
         return [factors_of(*pair) for pair in zip(self.sidecars, self.sources, strict=True)]
 
@@ -127,13 +127,13 @@ def keys_tried(
     return [(*((model, kind) for model in models), *prior) for kind in kinds]
 
 
-def factors_of(sidecar: Sidecar, source: Source) -> Factors | None:
+def factors_of(sidecar: Sidecar, source: Source) -> FactorNames | None:
     """Return the factors that describe a model's tensor; None where it has none of its own."""
-    factors: Factors | None = sidecar.measurement.factors.get(source.tensor.parts[0].name)
+    factors: FactorNames | None = sidecar.measurement.factors.get(source.tensor.parts[0].name)
     return factors
 
 
-def runs_along_tokens(slot: Slot, source: Source, factors: Factors, name: str) -> bool:
+def runs_along_tokens(slot: Slot, source: Source, factors: FactorNames, name: str) -> bool:
     """Whether a factor has a row for each token of a table whose rows are brought in line."""
     axis = slot.weight.vocabulary_axis if slot.aligned else None
     if axis is None:

@@ -68,7 +68,7 @@ class PrecisionRecord(_Record):
     asymmetry: float | None = None
 
 
-class Factors(_Record):
+class FactorNames(_Record):
     """Which stored tensors are the precision of one weight: a Kronecker product outputs ⊗ inputs.
 
     A factor is a symmetric matrix, or the diagonal of one. Weights that get the same inputs share
@@ -151,7 +151,7 @@ class Measurement(_Record):
     calibration: dict[str, Any]
     weights: dict[str, WeightRecord]
     tensors: dict[str, PrecisionRecord]
-    factors: dict[str, Factors] = {}
+    factors: dict[str, FactorNames] = {}
     unmeasured: dict[str, str] = {}
     versions: dict[str, str] = {}
     wall_seconds: float | None = None

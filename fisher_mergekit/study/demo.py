@@ -31,7 +31,7 @@ from fisher_mergekit.errors import FisherMergekitError
 from fisher_mergekit.study import report
 from fisher_mergekit.study.evaluate import evaluate, load, score
 from fisher_mergekit.study.finetune import finetune
-from fisher_mergekit.study.frontier import METHODS, read_bodies
+from fisher_mergekit.study.frontier import COMPARED, read_bodies
 from fisher_mergekit.study.heads import graft
 from fisher_mergekit.study.plots import load_pyplot
 from fisher_mergekit.study.report import EQUAL, Point, Results, Scores, best_share
@@ -107,15 +107,15 @@ def run(settings: DemoSettings, clock: Clock | None = None) -> Results:
     tasks = prepare(settings)
     with clock.time("training"), used_threads(settings.threads):
         train(tasks, settings)
-    write_recipes(tasks, dict.fromkeys(METHODS, EQUAL), settings)
+    write_recipes(tasks, dict.fromkeys(COMPARED, EQUAL), settings)
     with clock.time("measuring"):
         # One recipe is enough: all others name the same two models.
         command(["mergekit-fisher", "precompute", recipe("fisher", tasks[0], EQUAL)], settings)
     with clock.time("choosing lambdas"), used_threads(settings.threads):
         frontier = explore(tasks, settings)
-    chosen = {method: best_share(frontier, method) for method in METHODS}
+    chosen = {method: best_share(frontier, method) for method in COMPARED}
     write_recipes(tasks, chosen, settings)
-    merges = list(dict.fromkeys((m, s) for m in METHODS for s in (EQUAL, chosen[m])))
+    merges = list(dict.fromkeys((m, s) for m in COMPARED for s in (EQUAL, chosen[m])))
     with clock.time("merging"):
         for method, share in merges:
             for task in tasks:
@@ -276,10 +276,10 @@ def explore(tasks: tuple[Task, Task], settings: DemoSettings) -> list[Point]:
     classifiers = [load(folder, task) for folder, task in zip(folders, tasks, strict=True)]
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     shares = (0.0, *settings.shares, 1.0)
-    total = len(METHODS) * len(shares) * sum(len(task.validation) for task in tasks)
+    total = len(COMPARED) * len(shares) * sum(len(task.validation) for task in tasks)
     points = []
     with progress_bar(total, "Choosing lambdas", settings) as bar:
-        for method, share in product(METHODS, shares):
+        for method, share in product(COMPARED, shares):
             body = bodies.merge(method, [share, 1 - share])
             scores = {}
             for classifier, task in zip(classifiers, tasks, strict=True):

@@ -20,7 +20,7 @@ from fisher_mergekit.precision import fisher, solve
 from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.study.heads import WEIGHTS, is_head
 
-METHODS = ("linear", "fisher")
+COMPARED = ("linear", "fisher")
 """The isotropic merge under mergekit's name for it, and ours."""
 
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fisher_mergekit.sidecar.checkpoint import Checkpoint
 from fisher_mergekit.sidecar.header import (
     HEADER_NAME,
-    Factors,
+    FactorNames,
     Header,
     Measurement,
     ModelIdentity,
@@ -92,7 +92,7 @@ def make(folder: Path, sizes: Mapping[str, Any]) -> None:
     write_sparse(sidecar, "fisher", shapes, "BF16")
     for kind, stored in {"gram": grams, "kfac": grams | outputs}.items():
         factors = {
-            n: Factors(
+            n: FactorNames(
                 inputs=f"{group_of(n)}.inputs", outputs=f"{n}.outputs" if kind == "kfac" else None
             )
             for n in matrices

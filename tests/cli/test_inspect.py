@@ -15,7 +15,7 @@ from models import make_measured, write_fishers
 from sidecars import write_factors
 
 from fisher_mergekit.cli import main
-from fisher_mergekit.sidecar.header import Factors
+from fisher_mergekit.sidecar.header import FactorNames
 
 
 def inspect(*arguments: object) -> Result:
@@ -189,15 +189,15 @@ def family(tmp_path: Path) -> Path:
     grads = torch.randn(20, 4, generator=generator)
     tensors = {f"{query}.inputs": rows.mT @ rows, f"{table}.inputs": torch.arange(9.0)}
     factors = {
-        query: Factors(inputs=f"{query}.inputs"),
-        key: Factors(inputs=f"{query}.inputs"),
-        table: Factors(inputs=f"{table}.inputs", input_axis=-2),
+        query: FactorNames(inputs=f"{query}.inputs"),
+        key: FactorNames(inputs=f"{query}.inputs"),
+        table: FactorNames(inputs=f"{table}.inputs", input_axis=-2),
     }
     place = tmp_path / "sidecar"
     nobody = dict.fromkeys(("estimator", "unit", "likelihood"), "none")
     write_factors(place, tensors, factors, shapes, kind="gram", **nobody)
     tensors[f"{query}.outputs"] = grads.mT @ grads
-    factors[query] = Factors(inputs=f"{query}.inputs", outputs=f"{query}.outputs")
+    factors[query] = FactorNames(inputs=f"{query}.inputs", outputs=f"{query}.outputs")
     write_factors(place, tensors, factors, shapes, kind="kfac")
     return place
 
@@ -261,7 +261,7 @@ def test_factors_of_zeros_are_shown_as_zeros(tmp_path: Path, flags: tuple) -> No
     place = write_factors(
         tmp_path / "sidecar",
         {"x": torch.zeros(2, 6, 6)},
-        {weight: Factors(inputs="x")},
+        {weight: FactorNames(inputs="x")},
         {weight: (2, 5, 6)},
         kind="gram",
     )

@@ -10,7 +10,7 @@ from factors import Described, make_described, merged_model, random_factor
 from models import FAMILIES, read, rewrite
 from running import merged, recipe_of
 
-from fisher_mergekit.sidecar.header import Factors
+from fisher_mergekit.sidecar.header import FactorNames
 
 
 def packed(folder, kind, seed):
@@ -28,7 +28,7 @@ def packed(folder, kind, seed):
             factors = [random_factor(generator, width, 30) for _ in range(experts)]
             factors[1] *= seed  # no token of the first model was sent to this one
             result.stored[f"{name}.{role}"] = torch.stack(factors)
-        result.factors[name] = Factors(
+        result.factors[name] = FactorNames(
             inputs=f"{name}.inputs", outputs=f"{name}.outputs" if kind == "kfac" else None
         )
     result.write()

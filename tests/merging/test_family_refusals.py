@@ -14,7 +14,7 @@ from sidecars import rewrite_header
 
 from fisher_mergekit.errors import PlanningError, SidecarError
 from fisher_mergekit.merging import output
-from fisher_mergekit.sidecar.header import Factors
+from fisher_mergekit.sidecar.header import FactorNames
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 O = "model.layers.1.self_attn.o_proj.weight"  # noqa: E741
@@ -193,7 +193,7 @@ class TestSidecars:
             for i, n in enumerate("ab")
         ]
         name = "model.embed_tokens.weight"
-        pair[1].factors[name] = Factors(inputs=f"{name}.inputs")  # the head's inputs
+        pair[1].factors[name] = FactorNames(inputs=f"{name}.inputs")  # the head's inputs
         pair[1].stored[f"{name}.inputs"] = torch.eye(8)
         pair[1].write()
         message = problems(recipe(pair, base_model=str(pair[1].folder)), tmp_path / "out")[0]
@@ -204,7 +204,7 @@ class TestSidecars:
     def test_outputs_of_one_model_only(self, tmp_path):
         pair = [make_described(tmp_path / n, "llama", "kfac", seed=i) for i, n in enumerate("ab")]
         del pair[1].stored[f"{O}.outputs"]
-        pair[1].factors[O] = Factors(inputs=f"{O}.inputs")
+        pair[1].factors[O] = FactorNames(inputs=f"{O}.inputs")
         pair[1].write()
         message = problem(recipe(pair, "mats"), tmp_path / "out")
         assert f"the kfac of {O} is inputs [8, 8], outputs [8, 8] along axis -1" in message
@@ -303,7 +303,7 @@ def test_experts_in_files_of_different_layouts(tmp_path):
     thetas = merged(linear, tmp_path / "packed")
     packed = Described(tmp_path / "packed", "gram", thetas, {}, {})
     for name in (n for n in thetas if ".experts." in n):
-        packed.factors[name] = Factors(inputs=f"{name}.inputs")
+        packed.factors[name] = FactorNames(inputs=f"{name}.inputs")
         experts, _, inputs = thetas[name].shape
         packed.stored[f"{name}.inputs"] = torch.eye(inputs).expand(experts, -1, -1).contiguous()
     packed.write()

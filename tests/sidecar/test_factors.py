@@ -6,7 +6,7 @@ from sidecars import rewrite_header, write_factors
 
 from fisher_mergekit.errors import SidecarError
 from fisher_mergekit.sidecar.header import (
-    Factors,
+    FactorNames,
 )
 from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.sidecar.writer import describe
@@ -19,11 +19,11 @@ SHAPES = {
     "experts.up": (2, 5, 6),
 }
 FACTORS = {
-    "q.weight": Factors(inputs="k.weight.inputs", outputs="q.weight.outputs"),
-    "k.weight": Factors(inputs="k.weight.inputs"),
-    "conv.weight": Factors(inputs="conv.weight.inputs", input_axis=-2),
-    "table.weight": Factors(inputs="table.weight.inputs", input_axis=-2),
-    "experts.up": Factors(inputs="experts.up.inputs", outputs="experts.up.outputs"),
+    "q.weight": FactorNames(inputs="k.weight.inputs", outputs="q.weight.outputs"),
+    "k.weight": FactorNames(inputs="k.weight.inputs"),
+    "conv.weight": FactorNames(inputs="conv.weight.inputs", input_axis=-2),
+    "table.weight": FactorNames(inputs="table.weight.inputs", input_axis=-2),
+    "experts.up": FactorNames(inputs="experts.up.inputs", outputs="experts.up.outputs"),
 }
 MATRICES = {
     "k.weight.inputs": (6, 6),

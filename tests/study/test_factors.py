@@ -9,7 +9,7 @@ import torch
 from sidecars import write_factors
 from torch import Tensor
 
-from fisher_mergekit.sidecar.header import Factors
+from fisher_mergekit.sidecar.header import FactorNames
 from fisher_mergekit.sidecar.reader import Sidecar
 from fisher_mergekit.study.factors import read_factors
 from fisher_mergekit.study.mass import factor_masses
@@ -22,12 +22,12 @@ HEAD = "lm_head.weight"
 
 SHAPES = {Q: (4, 6), K: (3, 6), UP: (2, 5, 6), CONV: (6, 5), EMBED: (9, 6), HEAD: (9, 6)}
 FACTORS = {
-    Q: Factors(inputs=f"{Q}.inputs", outputs=f"{Q}.outputs"),
-    K: Factors(inputs=f"{Q}.inputs", outputs=f"{K}.outputs"),
-    UP: Factors(inputs=f"{UP}.inputs", outputs=f"{UP}.outputs"),
-    CONV: Factors(inputs=f"{CONV}.inputs", input_axis=-2),
-    EMBED: Factors(inputs=f"{EMBED}.inputs", input_axis=-2),
-    HEAD: Factors(inputs=f"{HEAD}.inputs", outputs=f"{HEAD}.outputs"),
+    Q: FactorNames(inputs=f"{Q}.inputs", outputs=f"{Q}.outputs"),
+    K: FactorNames(inputs=f"{Q}.inputs", outputs=f"{K}.outputs"),
+    UP: FactorNames(inputs=f"{UP}.inputs", outputs=f"{UP}.outputs"),
+    CONV: FactorNames(inputs=f"{CONV}.inputs", input_axis=-2),
+    EMBED: FactorNames(inputs=f"{EMBED}.inputs", input_axis=-2),
+    HEAD: FactorNames(inputs=f"{HEAD}.inputs", outputs=f"{HEAD}.outputs"),
 }
 STORED = {
     f"{Q}.inputs": (6, 6), f"{Q}.outputs": (4, 4), f"{K}.outputs": (3, 3),
@@ -116,7 +116,9 @@ def test_rank_and_off_diagonal_are_those_of_the_matrix(
 
 def one(tmp_path: Path, matrix: Tensor):
     shapes = {Q: (4, *matrix.shape[-1:])}
-    folder = write_factors(tmp_path, {"x": matrix}, {Q: Factors(inputs="x")}, shapes, kind="gram")
+    folder = write_factors(
+        tmp_path, {"x": matrix}, {Q: FactorNames(inputs="x")}, shapes, kind="gram"
+    )
     return read_factors(Sidecar(folder, "gram"))["x"]
 
 
@@ -141,7 +143,7 @@ def test_zeros_have_no_rank_and_no_nonsense(tmp_path: Path) -> None:
 def test_experts_that_saw_nothing_do_not_count_towards_the_rank(tmp_path: Path) -> None:
     matrices = torch.stack([torch.eye(6), torch.zeros(6, 6)])
     folder = write_factors(
-        tmp_path, {"x": matrices}, {UP: Factors(inputs="x")}, {UP: (2, 5, 6)}, kind="gram"
+        tmp_path, {"x": matrices}, {UP: FactorNames(inputs="x")}, {UP: (2, 5, 6)}, kind="gram"
     )
     assert read_factors(Sidecar(folder, "gram"))["x"].effective_rank == pytest.approx(6)
 

@@ -5,7 +5,7 @@ import torch
 from models import make_measured, read
 from running import command
 
-from fisher_mergekit.study.frontier import METHODS, read_bodies
+from fisher_mergekit.study.frontier import COMPARED, read_bodies
 from fisher_mergekit.study.heads import graft
 
 FISHER = """
@@ -27,7 +27,7 @@ dtype: float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMPARED)
 def test_a_merge_in_memory_is_the_merge_on_disk(method, tmp_path):
     first, theirs, _ = make_measured(tmp_path / "first", seed=1, num_labels=2)
     second, _, _ = make_measured(tmp_path / "second", seed=2, num_labels=3, scale=1e-3)
