@@ -78,7 +78,7 @@ class PlanningError(FisherMergekitError):
         super().__init__(message)
 
 
-def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return ` Did you mean 'x'?` for the known word nearest to `word`, or nothing."""
     matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""

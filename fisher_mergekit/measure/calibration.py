@@ -93,6 +93,11 @@ def _load_dataset(calibration: Calibration) -> Any:
         path, options["data_files"] = str(builder), path
     elif (Path(path) / "state.json").is_file():  # a data set's own save_to_disk
         path, options["data_files"] = "arrow", sorted(map(str, Path(path).glob("*.arrow")))
+    elif (Path(path) / "config.json").is_file():
+        raise CalibrationError(
+            f"calibration data {path} is a model's folder; name the file, or the data set, that "
+            "the model is measured on."
+        )
     else:
         options |= {"name": calibration.name, "data_files": calibration.data_files}
     level = datasets.utils.logging.get_verbosity()
@@ -134,10 +139,14 @@ def _check_file(path: Path, calibration: Calibration) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what went wrong at the bottom: `datasets` wraps it in 'An error occurred while …'."""
+    """Return what went wrong at the bottom: `datasets` wraps it in 'An error occurred while …'.
+
+    Its first line: of a folder without data the others are a table of whatever stands there.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip() or type(error).__name__
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} …" if others else first
 
 
 def _first(data: Any, count: int, calibration: Calibration) -> list[dict[str, Any]]:

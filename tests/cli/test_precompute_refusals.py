@@ -77,6 +77,9 @@ class TestBadInput:
         said = refuse(*flags(bert, "nowhere.jsonl"))
         assert "calibration data nowhere.jsonl does not exist" in said
 
+    def test_data_that_is_a_model(self, bert):
+        assert f"calibration data {bert} is a model's folder" in refuse(*flags(bert, bert))
+
     def test_data_without_a_named_column(self, bert, data):
         assert "name either the text column(s), `text:` (--text)" in refuse(
             "--model", bert, "--path", data
