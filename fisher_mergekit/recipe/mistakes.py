@@ -6,11 +6,14 @@ Both commands ask, `precompute` and `mergekit-yaml`, and are told everything at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 
+from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
 
+from fisher_mergekit.errors import nearest
 from fisher_mergekit.recipe.calibration import home_problems
 from fisher_mergekit.recipe.parameters import (
     exclude_patterns,
@@ -46,6 +49,7 @@ def recipe_problems(config: MergeConfiguration) -> list[str]:
     ]
     for key in ("dtype", "out_dtype"):
         problems += _dtype_problems(key, getattr(config, key))
+    problems += _template_problems(config.chat_template)
     if (config.parameters or {}).get("exclude") and config.base_model is None:
         problems.append(
             "`exclude:` takes the excluded tensors from base_model, and the recipe names none. "
@@ -83,6 +87,20 @@ def _repeated(models: Sequence[ModelReference]) -> list[str]:
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
+
+
+def _template_problems(name: str | None) -> list[str]:
+    # mergekit finds it out when the model is written, and leaves it without a tokenizer.
+    if not name or name == "auto" or (len(name) >= 20 and "{" in name):
+        return []
+    known = [file.name.removesuffix(".jinja") for file in files(chat_templates).iterdir()]
+    known = sorted(word for word in known if not word.startswith("_"))
+    if name in known:
+        return []
+    return [
+        f"chat_template: {name!r} is neither auto, nor a template, nor one that mergekit has: "
+        f"{', '.join(known)}.{nearest(name, known)}"
+    ]
 
 
 def _dtype_problems(key: str, name: str | None) -> list[str]:

@@ -130,6 +130,8 @@ class TestBadInput:
              "is not a mergekit recipe: Can't parse a+b+c"),
             ("merge_method: fisher\nmodels: [{model: ./a}]\ndtype: fp16",
              "dtype: 'fp16' is not one of float32, float16, bfloat16, float64."),
+            ("merge_method: fisher\nmodels: [{model: ./a}]\nchat_template: lama3",
+             "neither auto, nor a template, nor one that mergekit has: alpaca, "),
             ("merge_method: fisher\nmodels: [{model: ./a}, {model: ./a}]",
              "./a is listed twice in one merge"),
             ("merge_method: fisher\nmodels: [{model: ./a}]\nparameters: {exclude: [head]}",

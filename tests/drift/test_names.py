@@ -18,6 +18,7 @@ import fisher_mergekit
 PACKAGE = Path(fisher_mergekit.__file__).parent
 
 NAMES = {
+    "mergekit._data": {"chat_templates": "the templates that a recipe can name"},
     "mergekit.architecture": {
         "ModelArchitecture": "which tensors a model of an architecture has",
         "WeightInfo": "what a tensor is called in a model, and whether it may be missing",
