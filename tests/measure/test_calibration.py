@@ -189,10 +189,14 @@ class TestEncoding:
         example, _ = encoded(tokenizers, "gpt2", Row(("the cat", "sat"), None, None))
         assert example.inputs.keys() == {"input_ids"}
 
-    def test_long_texts_are_cut_to_the_shortest_limit(self, tokenizers):
+    def test_long_texts_are_cut_to_the_shortest_limit(self, tokenizers, caplog):
         row = Row(" ".join(["cat"] * 40), None, None)
         assert len(encoded(tokenizers, "gpt2", row, max_length=5)[0]) == 5
         assert len(encoded(tokenizers, "gpt2", row)[0]) == 12  # the tokenizer's own
+        assert not caplog.messages
+        assert len(encoded(tokenizers, "gpt2", row, max_length=13)[0]) == 12
+        (message,) = caplog.messages  # who asks for more is told
+        assert message.startswith("max_length: 13 tokens are more than this model or its tokenizer")
 
     def test_roberta_loses_the_positions_that_it_counts_from(self, tokenizers):
         tokenizer, _ = tokenizers["bert"]
