@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fisher_mergekit.errors import MeasureError
 from fisher_mergekit.measure.batches import Batch
-from fisher_mergekit.measure.groups import Given, Group, TokenReading, Unaligned
+from fisher_mergekit.measure.groups import Given, SharedInputs, TokenReading, Unaligned
 from fisher_mergekit.measure.inputs import Inputs, Use, add_moment, fill_lower
 from fisher_mergekit.measure.probe import rms
 from fisher_mergekit.measure.readings import Masks
@@ -65,12 +65,12 @@ class Factors:
     def __init__(self, parameters: Mapping[nn.Parameter, Any], *, outputs: bool = False):
         self.parameters = parameters
         self.has_outputs = outputs
-        self.groups: dict[nn.Parameter, Group] = {}
+        self.groups: dict[nn.Parameter, SharedInputs] = {}
         self.uses: dict[nn.Parameter, Use] = {}
         self.outputs: dict[nn.Parameter, Tensor] = {}
         self.is_alone = False
         self.sign = 1.0
-        self.misread: set[Group] | None = None
+        self.misread: set[SharedInputs] | None = None
         self._apart = False
         self._masks = Masks({})
         self._trace: list[_Call] | None = None
@@ -106,7 +106,7 @@ class Factors:
     def separate(self) -> None:
         """Let no weights share their sums: they do not always get the same inputs."""
         self._apart = True
-        self.groups = {p: Group(p, self.uses[p], g.readings) for p, g in self.groups.items()}
+        self.groups = {p: SharedInputs(p, self.uses[p], g.readings) for p, g in self.groups.items()}
 
     @property
     def is_separate(self) -> bool:
@@ -153,11 +153,11 @@ class Factors:
             # A head that is tied to the embedding is a linear layer, not a lookup.
             if not (call.use.is_lookup and call.parameter in matrices):
                 calls.setdefault(call.parameter, []).append(call)
-        together: dict[object, Group] = {}
+        together: dict[object, SharedInputs] = {}
         for parameter, own in calls.items():
             use = self.uses[parameter] = own[0].use
             key = parameter if self._apart else tuple(call.number for call in own)
-            group = Group(parameter, use, [call.readings for call in own])
+            group = SharedInputs(parameter, use, [call.readings for call in own])
             self.groups[parameter] = together.setdefault(key, group)
 
     def see(
@@ -193,7 +193,7 @@ class Factors:
             if not self.is_alone:
                 raise Unaligned("a layer is called that was not before")
             self.uses[parameter] = inputs.use
-            self.groups[parameter] = Group(parameter, inputs.use)
+            self.groups[parameter] = SharedInputs(parameter, inputs.use)
         group = self.groups[parameter]
         if self.uses[parameter].is_lookup != inputs.use.is_lookup:
             return
@@ -208,7 +208,7 @@ class Factors:
             self._summed[parameter] += 1
             self._add(group, inputs if self.is_alone else self._unpadded(group, call, inputs))
 
-    def _unpadded(self, group: Group, call: int, inputs: Inputs) -> Inputs:
+    def _unpadded(self, group: SharedInputs, call: int, inputs: Inputs) -> Inputs:
         found = self._masks.unpadded(inputs, group.reading(call))
         if found is not None:
             return found
@@ -217,7 +217,7 @@ class Factors:
         self.misread.add(group)
         return inputs
 
-    def _add(self, group: Group, inputs: Inputs) -> None:
+    def _add(self, group: SharedInputs, inputs: Inputs) -> None:
         x, use = inputs.x, inputs.use
         if group.total is None:
             experts = [] if use.offsets is None else [len(use.offsets) - 1]

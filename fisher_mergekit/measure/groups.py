@@ -50,7 +50,7 @@ class Given:
 
 
 @dataclass(eq=False)
-class Group:
+class SharedInputs:
     """Weights that get the same inputs, by the calls of the first of them.
 
     Attributes:

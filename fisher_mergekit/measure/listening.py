@@ -19,7 +19,7 @@ from fisher_mergekit.measure.axes import Axes, NoExamples
 from fisher_mergekit.measure.batches import Batch, Example, collate
 from fisher_mergekit.measure.causality import check_causal
 from fisher_mergekit.measure.factors import Factors
-from fisher_mergekit.measure.groups import Group, Unaligned
+from fisher_mergekit.measure.groups import SharedInputs, Unaligned
 from fisher_mergekit.measure.inputs import Inputs, Use
 from fisher_mergekit.measure.layers import layer_for
 from fisher_mergekit.measure.layers.base import OneInput, Unfit, own_parameters
@@ -141,11 +141,11 @@ class Listening:
             raise Unaligned(f"{names[0]} does not get in a batch what it gets alone")
         return not wrong
 
-    def _wrong(self, batch: Batch) -> set[Group]:
+    def _wrong(self, batch: Batch) -> set[SharedInputs]:
         """Return whose sums over a batch are others than those of its examples alone."""
         factors = self.factors
         factors.clear()
-        factors.misread = misread = set[Group]()
+        factors.misread = misread = set[SharedInputs]()
         try:
             self._pass(batch)
             sizes = factors.sizes()

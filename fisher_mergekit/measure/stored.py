@@ -18,7 +18,7 @@ from fisher_mergekit.sidecar.header import NOT_DESCRIBED, FactorNames
 
 
 @dataclass
-class Stored:
+class Content:
     """What a sidecar holds of one kind.
 
     Attributes:
@@ -36,20 +36,20 @@ class Stored:
     undescribed: dict[str, str] = field(default_factory=dict)
 
 
-def stored(kind: str, measured: Measured) -> Stored:
+def stored(kind: str, measured: Measured) -> Content:
     """Return what is written, in float32; what no later kind needs may be taken out."""
     statistics = kind_for(kind).STATISTICS
     return _squares(measured) if statistics.squares else _factors(kind, measured, statistics)
 
 
-def _squares(measured: Measured) -> Stored:
+def _squares(measured: Measured) -> Content:
     """Return the squares under the names, and in the shapes, that the files have."""
     on_disk = measured.subject.on_disk(measured.squares)
     tensors = {name: tensor.to("cpu") for name, tensor in on_disk}
-    return Stored(tensors, weights=list(tensors))
+    return Content(tensors, weights=list(tensors))
 
 
-def _factors(kind: str, measured: Measured, statistics: Statistics) -> Stored:
+def _factors(kind: str, measured: Measured, statistics: Statistics) -> Content:
     """Return the factors of every weight in the files that linear layers have.
 
     An input factor is stored once for all weights that share it.
@@ -58,7 +58,7 @@ def _factors(kind: str, measured: Measured, statistics: Statistics) -> Stored:
     parameters = dict(measured.subject.model.named_parameters(remove_duplicate=False))
     factors, means = measured.factors, _Means(measured, parameters, statistics)
     names: dict[object, str] = {}
-    found = Stored()
+    found = Content()
 
     def store(
         name: str, owner: object, part: Part, factor: Tensor, axis: int, *, is_matrix: bool
