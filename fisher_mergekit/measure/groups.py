@@ -54,7 +54,8 @@ class SharedInputs:
     """Weights that get the same inputs, by the calls of the first of them.
 
     Attributes:
-        use: of the first one.
+        leader: the first of them.
+        use: its.
         readings: for each call, what may tell which tokens its rows are. Those that say the same
             of the pass that was traced stand together.
         choice: which of them does.
